@@ -1,0 +1,202 @@
+// One argument check per op, used by every backend. Each message names the argument, what was expected and what came.
+// Templates over the tensor would not help: the faces hold at::Tensor, the kernels hold pointers.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+
+namespace dora_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Accumulators and everything per feature: fp64 for fp64 inputs, else fp32.
+inline at::ScalarType accumulate_type(at::ScalarType t) {
+  return t == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  const auto d = t.scalar_type();
+  TORCH_CHECK_TYPE(d == at::kFloat || d == at::kDouble || d == at::kHalf || d == at::kBFloat16, op, ": ", name,
+                   ": expected bfloat16, float16, float32 or float64, got ", d);
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions, got shape ", t.sizes());
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, ": expected shape ", shape, ", got ", t.sizes());
+}
+
+// Every tensor of a call lives where `first` lives.
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* first_name,
+                         const Tensor& first) {
+  TORCH_CHECK_VALUE(t.device() == first.device(), op, ": ", name, ": expected it on ", first.device(), " like ",
+                    first_name, ", got ", t.device());
+}
+
+inline void check_scaling(const char* op, double scaling) {
+  TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling: expected a finite number, got ", scaling);
+}
+
+// W and its adapter: W (out, in) or (in, out), A (r, in), B (out, r); returns nothing, throws on the first misfit.
+inline void check_adapter(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                          double scaling, bool transposed) {
+  check_float(op, "weight", weight);
+  check_float(op, "lora_A", lora_A);
+  check_float(op, "lora_B", lora_B);
+  check_dim(op, "weight", weight, 2);
+  check_dim(op, "lora_A", lora_A, 2);
+  check_dim(op, "lora_B", lora_B, 2);
+  const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1), r = lora_A.size(0);
+  TORCH_CHECK_VALUE(r > 0, op, ": lora_A: expected a rank of at least 1, got shape ", lora_A.sizes());
+  TORCH_CHECK_VALUE(lora_A.size(1) == in, op, ": lora_A: expected shape (r, ", in, ") for weight of shape ",
+                    weight.sizes(), ", got ", lora_A.sizes());
+  TORCH_CHECK_VALUE(lora_B.size(0) == out && lora_B.size(1) == r, op, ": lora_B: expected shape (", out, ", ", r,
+                    ") for weight of shape ", weight.sizes(), " and lora_A of shape ", lora_A.sizes(), ", got ",
+                    lora_B.sizes());
+  check_device(op, "lora_A", lora_A, "weight", weight);
+  check_device(op, "lora_B", lora_B, "weight", weight);
+  check_scaling(op, scaling);
+}
+
+// magnitude, norm, gain, bias: one number per output feature.
+inline void check_feature(const char* op, const char* name, const Tensor& t, int64_t out, const Tensor& like) {
+  check_float(op, name, t);
+  check_shape(op, name, t, {out});
+  check_device(op, name, t, "the weight", like);
+}
+
+inline void check_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                       double scaling, bool transposed) {
+  check_adapter("dora_ext::norm", weight, lora_A, lora_B, scaling, transposed);
+  check_feature("dora_ext::norm", "magnitude", magnitude, lora_B.size(0), weight);
+}
+
+inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                              const Tensor& magnitude, double scaling, bool transposed, const Tensor& cached,
+                              const Tensor& fingerprint) {
+  check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
+  check_feature("dora_ext::norm_cached", "cached", cached, lora_B.size(0), weight);
+  TORCH_CHECK_TYPE(cached.scalar_type() == accumulate_type(weight.scalar_type()) && cached.is_contiguous(),
+                   "dora_ext::norm_cached: cached: expected contiguous ", accumulate_type(weight.scalar_type()),
+                   ", got ", cached.scalar_type());
+  check_shape("dora_ext::norm_cached", "fingerprint", fingerprint, {4});
+  TORCH_CHECK_TYPE(fingerprint.scalar_type() == at::kLong, "dora_ext::norm_cached: fingerprint: expected int64, got ",
+                   fingerprint.scalar_type());
+  check_device("dora_ext::norm_cached", "fingerprint", fingerprint, "weight", weight);
+}
+
+// The output-shaped tensor `t` (…, out) or (batch, out, …) and what goes with it; returns the number of features.
+inline int64_t check_features_dim(const char* op, const char* name, const Tensor& t, bool channels_first) {
+  check_float(op, name, t);
+  TORCH_CHECK_VALUE(t.dim() >= (channels_first ? 2 : 1), op, ": ", name, ": expected at least ",
+                    channels_first ? 2 : 1, " dimensions, got shape ", t.sizes());
+  return t.size(channels_first ? 1 : t.dim() - 1);
+}
+
+inline void check_compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
+                          const OptionalTensor& bias, double scaling, bool channels_first) {
+  const char* op = "dora_ext::compose";
+  const int64_t out = check_features_dim(op, "base", base, channels_first);
+  check_float(op, "h", h);
+  check_float(op, "lora_B", lora_B);
+  check_dim(op, "lora_B", lora_B, 2);
+  auto expected = base.sizes().vec();
+  expected[channels_first ? 1 : expected.size() - 1] = lora_B.size(1);
+  check_shape(op, "h", h, expected);
+  TORCH_CHECK_VALUE(lora_B.size(0) == out, op, ": lora_B: expected shape (", out, ", r), got ", lora_B.sizes());
+  TORCH_CHECK_TYPE(h.scalar_type() == base.scalar_type(), op, ": h: expected the dtype of base, ", base.scalar_type(),
+                   ", got ", h.scalar_type());
+  check_device(op, "h", h, "base", base);
+  check_device(op, "lora_B", lora_B, "base", base);
+  check_feature(op, "gain", gain, out, base);
+  if (bias) check_feature(op, "bias", *bias, out, base);
+  check_scaling(op, scaling);
+}
+
+inline void check_compose_backward(const Tensor& grad, const Tensor& saved, const Tensor& norm, const Tensor& gain,
+                                   const OptionalTensor& bias, bool channels_first) {
+  const char* op = "dora_ext::compose_backward";
+  const int64_t out = check_features_dim(op, "grad", grad, channels_first);
+  check_shape(op, "saved", saved, grad.sizes());
+  TORCH_CHECK_TYPE(saved.scalar_type() == grad.scalar_type(), op, ": saved: expected the dtype of grad, ",
+                   grad.scalar_type(), ", got ", saved.scalar_type());
+  check_device(op, "saved", saved, "grad", grad);
+  check_feature(op, "norm", norm, out, grad);
+  check_feature(op, "gain", gain, out, grad);
+  if (bias) check_feature(op, "bias", *bias, out, grad);
+}
+
+inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias, double scaling,
+                         bool transposed) {
+  check_float(op, "x", x);
+  check_adapter(op, weight, lora_A, lora_B, scaling, transposed);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == lora_A.size(1), op, ": x: expected shape (..., ", lora_A.size(1),
+                    ") for weight of shape ", weight.sizes(), ", got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": x: expected the dtype of weight, ",
+                   weight.scalar_type(), ", got ", x.scalar_type());
+  check_device(op, "x", x, "weight", weight);
+  check_feature(op, "magnitude", magnitude, lora_B.size(0), weight);
+  if (bias) check_feature(op, "bias", *bias, lora_B.size(0), weight);
+}
+
+inline void check_embedding(const char* op, const Tensor& ids, const Tensor& weight, const Tensor& lora_A,
+                            const Tensor& lora_B, const Tensor& gain, double scaling) {
+  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op,
+                   ": ids: expected int64 or int32, got ", ids.scalar_type());
+  check_adapter(op, weight, lora_A, lora_B, scaling, /*transposed=*/true);
+  check_device(op, "ids", ids, "weight", weight);
+  check_feature(op, "gain", gain, lora_B.size(0), weight);
+}
+
+inline void check_quantize_nf4(const Tensor& x, int64_t blocksize) {
+  check_float("dora_ext::quantize_nf4", "x", x);
+  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
+                    "dora_ext::quantize_nf4: blocksize: expected a power of two from 32 to 4096, got ", blocksize);
+}
+
+inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
+                                 at::ScalarType dtype, const OptionalTensor& nested_absmax,
+                                 const OptionalTensor& nested_code, int64_t nested_blocksize) {
+  const char* op = "dora_ext::dequantize_nf4";
+  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
+                    ": blocksize: expected a power of two from 32 to 4096, got ", blocksize);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
+                   ": dtype: expected bfloat16, float16 or float32, got ", dtype);
+  int64_t numel = 1;
+  for (const int64_t s : shape) {
+    TORCH_CHECK_VALUE(s >= 0, op, ": shape: expected sizes of at least 0, got ", shape);
+    numel *= s;
+  }
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed: expected uint8, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.numel() == (numel + 1) / 2, op, ": packed: expected ", (numel + 1) / 2,
+                    " bytes for shape ", shape, ", got ", packed.numel());
+  const int64_t blocks = (numel + blocksize - 1) / blocksize;
+  TORCH_CHECK_VALUE(absmax.numel() == blocks, op, ": absmax: expected ", blocks, " values, one per ", blocksize,
+                    " weights, got ", absmax.numel());
+  check_device(op, "absmax", absmax, "packed", packed);
+  if (!nested_absmax) {
+    TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ",
+                     absmax.scalar_type());
+    return;
+  }
+  TORCH_CHECK_TYPE(absmax.scalar_type() == at::kByte, op, ": absmax: expected uint8 with nested_absmax, got ",
+                   absmax.scalar_type());
+  TORCH_CHECK_VALUE(nested_blocksize > 0, op, ": nested_blocksize: expected at least 1, got ", nested_blocksize);
+  const int64_t nested = (blocks + nested_blocksize - 1) / nested_blocksize;
+  TORCH_CHECK_VALUE(nested_absmax->scalar_type() == at::kFloat && nested_absmax->numel() == nested, op,
+                    ": nested_absmax: expected ", nested, " float32 values, got ", nested_absmax->numel(), " of ",
+                    nested_absmax->scalar_type());
+  TORCH_CHECK_VALUE(nested_code && nested_code->scalar_type() == at::kFloat && nested_code->numel() == 256, op,
+                    ": nested_code: expected 256 float32 values with nested_absmax");
+  check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
+  check_device(op, "nested_code", *nested_code, "packed", packed);
+}
+
+}  // namespace dora_ext
