@@ -1,0 +1,87 @@
+"""Reusing a weight norm while nothing changed: gradient accumulation and checkpoint recomputation get it for free.
+
+A cached norm is offered again only if the same three tensors (identity, address, version), the same scaling and stream
+come back and no optimizer has stepped since. What leaves no trace on the host (`p.data.add_`, an optimizer that writes
+through raw pointers outside torch.optim) is looked for on the device: `norm_cached` hashes all of A and B and a sample
+of every row and column of W, and computes the norm anew if the hash moved. Nothing waits for the device.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = 0
+
+
+def _count_step(*_args) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class NormCache:
+    """One layer's norm. Keeps no weight alive, is not part of a state_dict, and is empty again after copy or pickle."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the norm: the next forward computes it."""
+        self._norm: Tensor | None = None
+        self._fingerprint: Tensor | None = None
+        self._tensors: tuple[weakref.ref, ...] = ()
+        self._key: tuple = ()
+
+    @property
+    def computed(self) -> int:
+        """How many norms were computed since the cache was made or cleared (reads the device: it waits)."""
+        return 0 if self._fingerprint is None else int(self._fingerprint[3])
+
+    @staticmethod
+    def usable(weight: Tensor) -> bool:
+        """Never inside torch.compile or while a CUDA graph is captured: a norm read from here would be frozen into it."""
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return False
+        return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def get(self, tensors: tuple[Tensor, ...], constants: tuple, out: int, compute: Callable) -> tuple[Tensor, Tensor]:
+        """`compute(op, *state)` runs the norm's op; returns n and g, fresh tensors (out,)."""
+        weight = tensors[0]
+        if any(t.is_inference() for t in tensors):
+            return compute(torch.ops.dora_ext.norm.default)
+        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+        versions = tuple((t._version, t.data_ptr(), t.dtype) for t in tensors)
+        key = (versions, constants, stream, _optimizer_steps)
+        same = len(self._tensors) == len(tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
+        if not (same and key == self._key):
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
+            if fits and len(self._norm) == out and self._key[2] == stream:
+                self._fingerprint[:1].zero_()
+            else:
+                self.clear()
+                self._norm = torch.empty(out, dtype=dtype, device=weight.device)
+                self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
+            self._tensors = tuple(weakref.ref(t) for t in tensors)
+            self._key = key
+        return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint)
+
+    def __deepcopy__(self, memo: dict) -> "NormCache":
+        return NormCache()
+
+    def __reduce__(self) -> tuple:
+        return NormCache, ()
+
+
+def invalidate_norms(model: nn.Module) -> None:
+    """Forget every cached norm in `model`. Needed only after a change that nothing can see: single elements of a base
+    weight written through `.data` or a raw pointer, outside any torch.optim step."""
+    for module in model.modules():
+        cache = getattr(module, "norm_cache", None)
+        if isinstance(cache, NormCache):
+            cache.clear()

@@ -1,0 +1,88 @@
+"""The pass over a layer's output: gain, adapter and bias at once; and what a DoRA adds to a finished base result."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._registry import fake
+
+
+@fake("compose")
+def _(base, h, lora_B, gain, bias, scaling, delta=False, channels_first=False):
+    return torch.empty_like(base)
+
+
+@fake("compose_")
+def _(base, h, lora_B, gain, bias, scaling, delta=False, channels_first=False):
+    return None
+
+
+@fake("compose_backward")
+def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_first=False):
+    return torch.empty_like(saved), torch.empty_like(norm), torch.empty_like(norm)
+
+
+@fake("magnitude_grad_recover_")
+def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed=False):
+    return None
+
+
+def adapter_sums(grad_B_raw: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """From E = dY^T h (out, r): the gradient of B, s g * E, and the adapter's part of m's, s sum_k(B * E) / n."""
+    raw = grad_B_raw.to(norm.dtype)
+    grad_B = (scaling * gain)[:, None] * raw
+    adapter = scaling * (lora_B.to(norm.dtype) * raw).sum(1)
+    return grad_B.to(lora_B.dtype), torch.where(norm > 0, adapter / norm, 0.0)
+
+
+class _DoraDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, h, lora_B, magnitude, norm, bias, scaling, channels_first):
+        gain = torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0.0)
+        ctx.scaling, ctx.channels_first = scaling, channels_first
+        ctx.save_for_backward(base, h, lora_B, norm, gain, bias)
+        ctx.magnitude_dtype = magnitude.dtype
+        return torch.ops.dora_ext.compose.default(base, h, lora_B, gain, bias, scaling, True, channels_first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        base, h, lora_B, norm, gain, bias = ctx.saved_tensors
+        s, first = ctx.scaling, ctx.channels_first
+        grad_base, dm, sums = torch.ops.dora_ext.compose_backward.default(
+            grad, base, norm, gain, bias, False, True, first
+        )
+        # (features, everything else) views of the gradient and of h, whatever the layout.
+        rows = grad.movedim(1, -1) if first else grad
+        h_rows = h.movedim(1, -1) if first else h
+        rows, h_rows = rows.reshape(-1, rows.shape[-1]), h_rows.reshape(-1, h_rows.shape[-1])
+        grad_B, adapter_dm = adapter_sums(rows.T @ h_rows, lora_B, norm, gain, s)
+        grad_h = rows @ ((s * gain)[:, None] * lora_B).to(rows.dtype)
+        if first:
+            grad_h = grad_h.view(h.shape[0], *h.shape[2:], h.shape[1]).movedim(-1, 1)
+        grad_h = grad_h.reshape(h.shape)
+        grad_bias = None if bias is None else ((1 - gain) * sums).to(bias.dtype)
+        return grad_base, grad_h, grad_B, (dm + adapter_dm).to(ctx.magnitude_dtype), None, grad_bias, None, None
+
+
+def dora_delta(
+    base_result: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    channels_first: bool = False,
+) -> Tensor:
+    """(g - 1) * (base_result - bias) + g * s h B^T: what DoRA adds to a base layer's finished output.
+
+    Args:
+        base_result: (..., out), or (batch, out, ...) when `channels_first`, with the bias in it.
+        h: the output of A, (..., r) or (batch, r, ...), dtype of base_result. lora_B: (out, r).
+        magnitude, norm: (out,); g = magnitude / norm, 0 where norm is 0; norm carries no gradient (section 4.3).
+
+    Differentiable in base_result, h, lora_B, magnitude and bias.
+    """
+    return _DoraDelta.apply(base_result, h, lora_B, magnitude, norm, bias, float(scaling), channels_first)

@@ -1,0 +1,166 @@
+"""DoRA's convolutions: y = g * (conv(x, W) + s B conv(x, A)) + bias, B a 1x1 convolution, g = m / n per output channel."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .compose import adapter_sums
+from .norm import norm_and_gain
+
+_aten = torch.ops.aten
+
+
+class _DoraConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups):
+        base = _aten.convolution(x, weight, None, stride, padding, dilation, False, [0], groups)
+        h = _aten.convolution(x, lora_A.to(x.dtype), None, stride, padding, dilation, False, [0], 1)
+        dense_B = _dense(lora_B, groups)
+        # Not in place: base is kept for the magnitude's gradient, and convolutions are so often followed by an
+        # in-place activation that the output could not be kept instead.
+        y = torch.ops.dora_ext.compose.default(base, h, dense_B, gain, bias, scaling, False, True)
+        ctx.geometry = (stride, padding, dilation)
+        ctx.scaling, ctx.groups = scaling, groups
+        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, h, base if ctx.needs_input_grad[4] else None, weight, lora_A, lora_B, norm, gain)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, h, base, weight, lora_A, lora_B, norm, gain = ctx.saved_tensors
+        need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
+        geometry = (*ctx.geometry, False, [0])
+        G, dm, db = torch.ops.dora_ext.compose_backward.default(
+            grad, grad if base is None else base, norm, gain, None, False, False, True
+        )
+        dx = dA = dB = None
+        if need_x:
+            dx = _aten.convolution_backward(G, x, weight, None, *geometry, ctx.groups, [True, False, False])[0]
+        if need_x or need_A or need_B or need_m:
+            # B is a 1x1 convolution: its input's gradient is P = s G B, its weight's is G^T h.
+            ones = [1] * (x.dim() - 2)
+            scaled = (ctx.scaling * lora_B).to(x.dtype)
+            P, raw, _ = _aten.convolution_backward(
+                G if not (need_B or need_m) else grad,
+                h,
+                scaled if not (need_B or need_m) else (_column(gain, lora_B) * ctx.scaling * lora_B).to(x.dtype),
+                None, ones, [0] * len(ones), ones, False, [0], ctx.groups, [need_x or need_A, need_B or need_m, False],
+            )  # fmt: skip
+            if need_B or need_m:
+                grad_B, adapter_dm = adapter_sums(raw.flatten(1), lora_B.flatten(1), norm, gain, ctx.scaling)
+                dB, dm = grad_B.view_as(lora_B), dm + adapter_dm
+            if need_x or need_A:
+                dx_A, dA, _ = _aten.convolution_backward(
+                    P, x, lora_A.to(x.dtype), None, *geometry, 1, [need_x, need_A, False]
+                )
+                dx = dx + dx_A if need_x else None
+                dA = dA.to(lora_A.dtype) if need_A else None
+        dm = dm.to(ctx.dtypes[0]) if need_m else None
+        db = db.to(ctx.dtypes[1]) if need_bias else None
+        return dx, None, dA, dB if need_B else None, dm, db, *([None] * 7)
+
+
+def _column(per_feature: Tensor, like: Tensor) -> Tensor:
+    return per_feature.view(-1, *([1] * (like.dim() - 1)))
+
+
+def _dense(lora_B: Tensor, groups: int) -> Tensor:
+    """A grouped 1x1 kernel (out, r / groups, 1, ...) as a matrix (out, r) with zeros between the groups."""
+    matrix = lora_B.flatten(1)
+    return matrix if groups == 1 else torch.block_diag(*matrix.chunk(groups))
+
+
+def dora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    norm: Tensor | None = None,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """DoRA (arXiv 2402.09353, equation 5) for a convolution in one, two or three dimensions, one norm per output channel.
+
+    Args:
+        x: (batch, in, *spatial) or (in, *spatial), any float dtype; under autocast in autocast's dtype.
+        weight: W (out, in / groups, *kernel), the dtype of x; it gets no gradient.
+        lora_A: (r, in, *kernel), a dense convolution with the base's geometry. lora_B: (out, r / groups, 1, ...).
+        magnitude: `out` numbers in any shape. bias: (out,). All four may be wider than x.
+        stride, padding (numbers, 'same', 'valid'), dilation, groups, padding_mode: as torch.nn.Conv2d has them.
+        norm, gain: (out,), from `norm_and_gain`, if at hand.
+
+    Returns:
+        (batch, out, *spatial) in x's (or autocast's) dtype.
+    """
+    spatial = weight.dim() - 2
+    if spatial not in (1, 2, 3):
+        raise ValueError(f"dora_conv: weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")
+    if x.dim() == spatial + 1:
+        y = dora_conv(
+            x[None], weight, lora_A, lora_B, magnitude, bias, scaling=scaling, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, padding_mode=padding_mode, norm=norm, gain=gain,
+        )  # fmt: skip
+        return y[0]
+    _check_conv(x, weight, lora_A, lora_B, groups)
+    if norm is None or gain is None:
+        norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling)
+    device_type = x.device.type
+    weight = weight.detach()
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)
+    sides = _padding(padding, weight.shape[2:], dilation)
+    if padding_mode != "zeros" or any(a != b for a, b in sides):
+        # F.pad counts from the last dimension.
+        flat = [n for pair in reversed(sides) for n in pair]
+        x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
+        sides = [(0, 0)] * spatial
+    with torch.autocast(device_type, enabled=False):
+        return _DoraConv.apply(
+            x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides],
+            dilation, groups,
+        )  # fmt: skip
+
+
+def _check_conv(x, weight, lora_A, lora_B, groups) -> None:
+    spatial, r = weight.dim() - 2, lora_A.shape[0]
+    expected_A = (r, weight.shape[1] * groups, *weight.shape[2:])
+    expected_B = (weight.shape[0], r // groups, *([1] * spatial))
+    if r < 1 or r % groups:
+        raise ValueError(f"dora_conv: lora_A: expected a rank divisible by groups={groups}, got {r}")
+    for name, got, expected in (("lora_A", lora_A.shape, expected_A), ("lora_B", lora_B.shape, expected_B)):
+        if tuple(got) != expected:
+            raise ValueError(f"dora_conv: {name}: expected shape {expected}, got {tuple(got)}")
+    if x.dim() != spatial + 2 or x.shape[1] != expected_A[1]:
+        raise ValueError(
+            f"dora_conv: x: expected shape (batch, {expected_A[1]}, {spatial} spatial sizes), got {tuple(x.shape)}"
+        )
+
+
+def _tuple(value, n: int) -> list[int]:
+    return [value] * n if isinstance(value, int) else list(value)
+
+
+def _padding(padding, kernel, dilation) -> list[tuple[int, int]]:
+    """Zeros before and after each spatial dimension; 'same' puts the odd one after, as torch does."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(t // 2, t - t // 2) for t in totals]
+    if isinstance(padding, str):
+        raise ValueError(f"dora_conv: padding: expected numbers, 'same' or 'valid', got {padding!r}")
+    return [(p, p) for p in _tuple(padding, len(kernel))]

@@ -1,0 +1,109 @@
+"""DoRA's linear layer as one autograd node: y = g * (x W^T + s (x A^T) B^T) + bias, with g = m / |W + s B A|."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._registry import accumulate_dtype, fake
+
+# Bits of linear_backward's mask, in the order of its results.
+_X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
+
+
+@fake("linear_forward")
+def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed=False):
+    y = x.new_empty((*x.shape[:-1], lora_B.shape[0]))
+    h = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]))
+    norm = weight.new_empty(lora_B.shape[0], dtype=accumulate_dtype(weight.dtype))
+    return y, h, norm, torch.empty_like(norm)
+
+
+@fake("linear_backward")
+def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, mask):
+    like = (x, lora_A, lora_B, magnitude, bias)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else x.new_empty(0)
+        for i, t in enumerate(like)
+    )
+
+
+class _DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed):
+        y, h, norm, gain = torch.ops.dora_ext.linear_forward.default(
+            x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed
+        )
+        needs = ctx.needs_input_grad
+        ctx.mask = sum(bit for bit, i in ((_X, 0), (_A, 2), (_B, 3), (_MAGNITUDE, 4), (_BIAS, 5)) if needs[i])
+        ctx.scaling, ctx.transposed = scaling, transposed
+        # The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it. It comes last:
+        # whoever overwrites it in place (ReLU(inplace=True)) makes that one unreadable, and only that one.
+        saved_y = y if needs[4] else None
+        ctx.save_for_backward(x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, saved_y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        *saved, y = _saved_tensors(ctx)
+        x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain = saved
+        grads = torch.ops.dora_ext.linear_backward.default(
+            grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
+        )
+        dx, dA, dB, dm, db = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
+        return dx, None, dA, dB, dm, db, None, None, None, None
+
+
+def _saved_tensors(ctx) -> tuple:
+    """ctx.saved_tensors, with None for the output (the last one) if it has been overwritten since."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    try:
+        return ctx.saved_tensors
+    except RuntimeError:
+        # An input overwritten in place raises here again, with autograd's own message.
+        return (*(None if t is None else t.unpack() for t in ctx._raw_saved_tensors[:-1]), None)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    transposed: bool = False,
+    norm: Tensor | None = None,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / |W + s B A| (DoRA, equation 5; the norm is detached, section 4.3).
+
+    Args:
+        x: (..., in), bfloat16, float16, float32 or float64; under autocast in autocast's dtype.
+        weight: W (out, in), or (in, out) when `transposed`; the dtype of x. It gets no gradient.
+        lora_A, lora_B, magnitude, bias: (r, in), (out, r), (out,), (out,); may be of a wider dtype than x. Their
+            gradients come back in their own dtype, summed in float32.
+        norm, gain: (out,), from `norm_and_gain`, if at hand; otherwise they are computed here.
+
+    Returns:
+        (..., out) in x's (or autocast's) dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit; the message names the argument.
+    """
+    if (norm is None) != (gain is None):
+        raise ValueError("dora_linear: norm and gain: expected both or neither")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        if weight.dtype != dtype and norm is None:
+            # The norm is that of the weight as stored, not of its rounded copy.
+            from .norm import norm_and_gain
+
+            norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed)
+        x, weight = x.to(dtype), weight.detach().to(dtype)
+    return _DoraLinear.apply(
+        x, weight.detach(), lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed
+    )
