@@ -1,33 +1,21 @@
-"""Fake (shape-only) kernels wait here until the C++ library is loaded, since torch registers them only on ops that exist."""
+"""Fake (shape-only) kernels, registered as soon as the C++ library is loaded: torch takes them only for ops that exist."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-_pending: list[tuple[str, Callable]] = []
-_loaded = False
+from .._load import when_loaded
 
 
 def fake(name: str) -> Callable[[Callable], Callable]:
     """Decorator: the fake kernel of `dora_ext::name`."""
 
     def decorate(fn: Callable) -> Callable:
-        if _loaded:
-            torch.library.register_fake(f"dora_ext::{name}", fn)
-        else:
-            _pending.append((name, fn))
+        when_loaded(partial(torch.library.register_fake, f"dora_ext::{name}", fn))
         return fn
 
     return decorate
-
-
-def activate() -> None:
-    """Called once, right after the C++ library is loaded."""
-    global _loaded
-    _loaded = True
-    while _pending:
-        name, fn = _pending.pop()
-        torch.library.register_fake(f"dora_ext::{name}", fn)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

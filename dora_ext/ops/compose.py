@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._load import require
 from ._registry import fake
 
 
@@ -27,7 +28,9 @@ def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transpo
     return None
 
 
-def adapter_sums(grad_B_raw: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def adapter_sums(
+    grad_B_raw: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     """From E = dY^T h (out, r): the gradient of B, s g * E, and the adapter's part of m's, s sum_k(B * E) / n."""
     raw = grad_B_raw.to(norm.dtype)
     grad_B = (scaling * gain)[:, None] * raw
@@ -85,4 +88,5 @@ def dora_delta(
 
     Differentiable in base_result, h, lora_B, magnitude and bias.
     """
+    require()
     return _DoraDelta.apply(base_result, h, lora_B, magnitude, norm, bias, float(scaling), channels_first)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._load import require
 from .compose import adapter_sums
 from .norm import norm_and_gain
 
@@ -13,7 +14,9 @@ _aten = torch.ops.aten
 
 class _DoraConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups):
+    def forward(
+        ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups
+    ):
         base = _aten.convolution(x, weight, None, stride, padding, dilation, False, [0], groups)
         h = _aten.convolution(x, lora_A.to(x.dtype), None, stride, padding, dilation, False, [0], 1)
         dense_B = _dense(lora_B, groups)
@@ -102,6 +105,7 @@ def dora_conv(
     Returns:
         (batch, out, *spatial) in x's (or autocast's) dtype.
     """
+    require()
     spatial = weight.dim() - 2
     if spatial not in (1, 2, 3):
         raise ValueError(f"dora_conv: weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")

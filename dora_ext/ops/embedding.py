@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._load import require
 from ._registry import fake
 from .norm import norm_and_gain
 
@@ -78,6 +79,7 @@ def dora_embedding(
             while a CUDA graph is captured it cannot, and such an id gives a row of NaN.
         ValueError, TypeError: shapes, devices or dtypes that do not fit; the message names the argument.
     """
+    require()
     vocab = weight.shape[0]
     _check_ids(ids, vocab)
     if padding_idx is not None and not -vocab <= padding_idx < vocab:

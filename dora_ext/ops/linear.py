@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._load import require
 from ._registry import accumulate_dtype, fake
 
 # Bits of linear_backward's mask, in the order of its results.
@@ -93,6 +94,7 @@ def dora_linear(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit; the message names the argument.
     """
+    require()
     if (norm is None) != (gain is None):
         raise ValueError("dora_linear: norm and gain: expected both or neither")
     device_type = x.device.type

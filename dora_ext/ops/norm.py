@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._load import require
 from ..norm_cache import NormCache
 from ._registry import accumulate_dtype, fake
 
@@ -18,9 +19,7 @@ def _(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprin
     return torch.empty_like(cached), torch.empty_like(cached)
 
 
-def weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float, transposed: bool = False
-) -> Tensor:
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float, transposed: bool = False) -> Tensor:
     """The norm of each output feature of W + s B A (DoRA, arXiv 2402.09353, equation 5), without forming B A.
 
     Args:
@@ -34,7 +33,9 @@ def weight_norm(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit; the message names the argument.
     """
-    return norm_and_gain(weight, lora_A, lora_B, lora_B.new_zeros(lora_B.shape[0]), scaling=scaling, transposed=transposed)[0]
+    return norm_and_gain(
+        weight, lora_A, lora_B, lora_B.new_zeros(lora_B.shape[0]), scaling=scaling, transposed=transposed
+    )[0]
 
 
 def norm_and_gain(
@@ -51,6 +52,7 @@ def norm_and_gain(
 
     magnitude holds `out` numbers in any shape. Neither result carries a gradient.
     """
+    require()
     with torch.no_grad():
         if weight.dim() > 2 and lora_A.dim() == weight.dim() and lora_A.shape[1] != weight.shape[1]:
             norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
