@@ -1,57 +1,60 @@
 """Finding the compiled kernels: prebuilt ones when dora_ext is imported, just-in-time ones when load() is called."""
 
-import importlib
+import fcntl
+import hashlib
+import importlib.util
 import json
+import os
+import shutil
+import sys
+import sysconfig
+import threading
+import time
 from pathlib import Path
 
 import torch
 
+from dora_ext import _build
+
 module = None  # the extension, once loaded
 origin = None  # "prebuilt" or "just in time"
-_why_not = "dora_ext: its kernels are not compiled yet. Call dora_ext.load() once, or install with a compiler at hand."
-_waiting = []
+_jit_digest = None
+_why_not = "dora_ext: its kernels are not compiled yet: call dora_ext.load() once, before the first op."
+
+
+class _Unloaded:
+    """Stands in for torch.ops.dora_ext until the ops exist, so that using one says what to do about it."""
+
+    def __getattr__(self, name):
+        # Inspection (copy, hasattr, tracing) looks for dunders and expects an AttributeError.
+        raise AttributeError(name) if name.startswith("__") else RuntimeError(_why_not)
+
+
+def why_not() -> str | None:
+    """Why there are no kernels; None when there are."""
+    return _why_not if module is None else None
 
 
 def build_facts() -> dict | None:
     """What the prebuilt extension was built for, read without loading it."""
-    path = Path(__file__).with_name("_build_facts.json")
+    path = _build.PACKAGE / "_build_facts.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def mismatch(facts: dict | None) -> str | None:
-    """The C++ interface of torch changes with its minor version; a symbol error would be all that one sees."""
+    """torch's C++ interface changes with its minor version; an undefined symbol would be all that one is told."""
     if not facts or facts["torch"].split(".")[:2] == torch.__version__.split(".")[:2]:
         return None
     return (
-        f"dora_ext: its kernels were built for torch {facts['torch']}, but torch {torch.__version__} is running. "
-        "Reinstall dora_ext (pip install --no-build-isolation), or call dora_ext.load() to build them just in time."
+        f"dora_ext: its prebuilt kernels are for torch {facts['torch']}, but torch {torch.__version__} is running. "
+        "Reinstall dora_ext with pip install --no-build-isolation, or call dora_ext.load() to build them just in time."
     )
 
 
-def when_loaded(function):
-    """Runs `function` as soon as torch.ops.dora_ext exists: now, or at the end of load()."""
-    if module is not None:
-        function()
-    else:
-        _waiting.append(function)
-    return function
-
-
-def require() -> None:
-    if module is None:
-        raise RuntimeError(_why_not)
-
-
-def _arrived(extension, how: str) -> None:
-    global module, origin
-    module, origin = extension, how
-    while _waiting:
-        _waiting.pop(0)()
-
-
 def load_prebuilt() -> None:
-    """Called by `import dora_ext`; never compiles and never raises: require() tells what went wrong."""
+    """Called by `import dora_ext`; never compiles, never raises. Without kernels, every op tells why."""
     global _why_not
+    torch.ops.dora_ext = _Unloaded()
     problem = mismatch(build_facts())
     if problem:
         _why_not = problem
@@ -61,4 +64,138 @@ def load_prebuilt() -> None:
     except ModuleNotFoundError:
         pass
     except ImportError as error:
-        _why_not = f"dora_ext: its prebuilt kernels do not load ({error}). Reinstall dora_ext, or call dora_ext.load()."
+        _why_not = f"dora_ext: its prebuilt kernels do not load ({error}). Reinstall it, or call dora_ext.load()."
+
+
+def load(verbose: bool = True) -> None:
+    """Makes the kernels available: the prebuilt ones where there are any, otherwise built just in time.
+
+    The build takes minutes, once: its result is kept under TORCH_EXTENSIONS_DIR (or torch's default cache) for later
+    processes. It needs a C++ compiler, Python's headers and ninja; nvcc too for CUDA kernels (DORA_EXT_CUDA=0|1
+    overrides the choice, TORCH_CUDA_ARCH_LIST the architectures). `verbose` prints a line for each step.
+
+    Raises:
+        BuildError: something needed is missing, or the sources changed after they were loaded.
+        RuntimeError: a source did not compile; the compiler's words are in the message.
+    """
+    global _jit_digest
+    if module is not None:
+        if origin == "just in time" and _build.digest() != _jit_digest:
+            raise _build.BuildError(
+                f"the sources in {_build.csrc()} changed after they were loaded, and a process can register its ops "
+                "only once: restart the kernel (or the Python process), then call dora_ext.load() again"
+            )
+        return
+    from torch.utils import cpp_extension
+
+    digest = _build.digest()
+    cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
+    archs = _jit_architectures(cuda)
+    key = hashlib.sha256(json.dumps([digest, torch.__version__, sys.version, cuda, archs]).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    directory = root / f"dora_ext-torch{torch.__version__}-{key}"
+    library = directory / "dora_ext_jit.so"
+    say = print if verbose else lambda *_: None
+
+    directory.mkdir(parents=True, exist_ok=True)
+    # The kernel drops this lock with its holder, so whoever has it knows that nobody else builds here.
+    with open(directory / "builder", "w") as guard:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"dora_ext: another process is building in {directory}, waiting for it")
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        done = directory / "complete"
+        if not (done.exists() and library.exists()):
+            _check_tools()
+            # torch's own lock outlives a killed build, and torch waits for it for ever.
+            lock = directory / "lock"
+            if lock.exists():
+                say(f"dora_ext: a build that was killed left {lock}; removed, building again")
+                lock.unlink()
+            _compile(cpp_extension, directory, cuda, archs, say)
+            done.touch()
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    _jit_digest = digest
+    _arrived(extension, "just in time")
+
+
+def _arrived(extension, how: str) -> None:
+    global module, origin
+    module, origin = extension, how
+    if isinstance(torch.ops.dora_ext, _Unloaded):
+        del torch.ops.dora_ext
+    from dora_ext.ops import _registry
+
+    _registry.activate()
+
+
+def _jit_architectures(cuda: bool) -> list[str]:
+    """The GPUs that are here, where there are any: the wider default takes several times as long."""
+    if cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and torch.cuda.is_available():
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return [f"{major}.{minor}" for major, minor in sorted(seen)]
+    return _build.architectures(cuda)
+
+
+def _check_tools() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not shutil.which(compiler):
+        raise _build.BuildError(f"no C++ compiler: {compiler} was not found; install g++ (apt install g++), or set CXX")
+    if not _build.find_ninja():
+        raise _build.BuildError("ninja was not found: pip install ninja")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise _build.BuildError(f"Python's headers are missing ({header}): apt install python3-dev, or its like")
+
+
+def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say) -> None:
+    sources = _build.sources(cuda)
+    what = f"{len(sources)} sources for " + (f"CPU and CUDA ({', '.join(archs)})" if cuda else "the CPU")
+    say(f"dora_ext: compiling {what}, once, in {directory}")
+    start, finished = time.monotonic(), threading.Event()
+    reporter = threading.Thread(target=_report, args=(directory, len(sources) + 1, start, finished, say), daemon=True)
+    reporter.start()
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
+    try:
+        cpp_extension.load(
+            name="dora_ext_jit",
+            sources=[str(_build.csrc() / source) for source in sources],
+            extra_cflags=_build.CXX_FLAGS + _build.fact_flags(archs),
+            extra_cuda_cflags=_build.NVCC_FLAGS,
+            extra_ldflags=_build.LINK_FLAGS,
+            extra_include_paths=[str(_build.csrc())],
+            build_directory=str(directory),
+            with_cuda=cuda,
+            is_python_module=False,
+            is_standalone=True,
+        )
+    finally:
+        finished.set()
+        reporter.join()
+        if cuda and before is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+    say(f"dora_ext: compiled in {time.monotonic() - start:.0f} s")
+
+
+def _report(directory: Path, steps: int, start: float, finished: threading.Event, say) -> None:
+    """Says what ninja has finished: it appends a line to its log for each object."""
+    log, told = directory / ".ninja_log", 0
+    told = len(_finished_objects(log))  # of an earlier build that did not get to its end
+    base = told
+    while not finished.wait(0.2):
+        objects = _finished_objects(log)
+        for name in objects[told:]:
+            told += 1
+            say(f"dora_ext: [{told - base}/{steps - base}] {name} ({time.monotonic() - start:.0f} s)")
+
+
+def _finished_objects(log: Path) -> list[str]:
+    if not log.exists():
+        return []
+    lines = [line.split("\t") for line in log.read_text().splitlines() if not line.startswith("#")]
+    return list(dict.fromkeys(fields[3] for fields in lines if len(fields) == 5))

@@ -44,7 +44,7 @@ class NormCache:
 
     @staticmethod
     def usable(weight: Tensor) -> bool:
-        """Never inside torch.compile or while a CUDA graph is captured: a norm read from here would be frozen into it."""
+        """Not inside torch.compile or while a CUDA graph is captured: a norm read from here would be frozen into it."""
         if torch.compiler.is_compiling() or weight.is_inference():
             return False
         return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())

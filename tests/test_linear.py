@@ -1,4 +1,4 @@
-"""dora_linear: the autograd node around linear_forward and linear_backward. The raw ops have tests/test_linear_op.py."""
+"""dora_linear: the autograd node around linear_forward and linear_backward; tests/test_linear_op.py has these two."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_opcheck(device):
     args = tuple(v.detach() for v in (t["weight"], t["lora_A"], t["lora_B"], t["magnitude"]))
     torch.library.opcheck(torch.ops.dora_ext.norm.default, (*args, 0.5))
     state = (torch.zeros(12, device=device), torch.zeros(4, dtype=torch.int64, device=device))
-    # The fingerprint makes the op depend on what it saw before, which opcheck's replays rightly notice: schema and fake only.
+    # The op depends on what its fingerprint saw before, which opcheck's replays rightly notice: schema and fake only.
     torch.library.opcheck(
         torch.ops.dora_ext.norm_cached.default,
         (*args, 0.5, False, *state),

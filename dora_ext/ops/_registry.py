@@ -1,4 +1,4 @@
-"""Fake (shape-only) kernels, registered as soon as the C++ library is loaded: torch takes them only for ops that exist."""
+"""Fake (shape-only) kernels, registered once the C++ library is loaded: torch takes them only for ops that exist."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""DoRA's convolutions: y = g * (conv(x, W) + s B conv(x, A)) + bias, B a 1x1 convolution, g = m / n per output channel."""
+"""DoRA's convolutions: y = g * (conv(x, W) + s B conv(x, A)) + bias, B a 1x1 convolution, g = m / n by channel."""
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def dora_conv(
     norm: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """DoRA (arXiv 2402.09353, equation 5) for a convolution in one, two or three dimensions, one norm per output channel.
+    """DoRA (arXiv 2402.09353, equation 5) for a convolution in one to three dimensions, one norm per output channel.
 
     Args:
         x: (batch, in, *spatial) or (in, *spatial), any float dtype; under autocast in autocast's dtype.

@@ -61,7 +61,7 @@ def dora_embedding(
     norm: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), g = magnitude / n, n per embedding dimension over the vocabulary.
+    """y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), g = magnitude / n, n per dimension over the whole vocabulary.
 
     Args:
         ids: any shape, int32 or int64, in [0, vocab).

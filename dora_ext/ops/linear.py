@@ -79,7 +79,9 @@ def dora_linear(
     norm: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / |W + s B A| (DoRA, equation 5; the norm is detached, section 4.3).
+    """y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / |W + s B A|: DoRA (arXiv 2402.09353, equation 5).
+
+    The norm is a constant of the backward pass (section 4.3).
 
     Args:
         x: (..., in), bfloat16, float16, float32 or float64; under autocast in autocast's dtype.

@@ -24,7 +24,8 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: floa
 
     Args:
         weight: W (out, in), or (in, out) when `transposed`; of a convolution (out, in / groups, *kernel).
-        lora_A: (r, in), of a convolution (r, in, *kernel). lora_B: (out, r), of a convolution (out, r / groups, 1, ...).
+        lora_A: (r, in), of a convolution (r, in, *kernel).
+        lora_B: (out, r), of a convolution (out, r / groups, 1, ...).
         scaling: s, a finite number.
 
     Returns:
@@ -48,7 +49,7 @@ def norm_and_gain(
     transposed: bool = False,
     cache: NormCache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n (out,) as `weight_norm`, and g = magnitude / n, 0 where n = 0. With `cache` the norm is reused while nothing changed.
+    """n (out,) as `weight_norm`, and g = magnitude / n, 0 where n = 0. `cache` reuses n while nothing changed.
 
     magnitude holds `out` numbers in any shape. Neither result carries a gradient.
     """
