@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -26,12 +27,19 @@ spec.loader.exec_module(_build)
 
 cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
 archs = _build.architectures(cuda)
+_build.find_ninja()
 if cuda:
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
 
 
 class BuildExtension(cpp_extension.BuildExtension):
     """Writes what the extension was built for beside it, where it can be read without loading the extension."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # pip would compile in a fresh folder each time; and objects made for one torch must not be linked for another.
+        backend = "cuda" if cuda else "cpu"
+        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}-{backend}")
 
     def run(self):
         super().run()

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -86,6 +87,14 @@ def architectures(cuda: bool) -> list[str]:
 def fact_flags(archs: list[str]) -> list[str]:
     """What module.cpp reports about its own build. Commas, because semicolons would need quoting on the way."""
     return ["-DDORA_EXT_ARCHITECTURES=" + ",".join(archs)]
+
+
+def find_ninja() -> str | None:
+    """ninja, also where pip put it beside a python that was called by its path; torch looks on the PATH alone."""
+    scripts = sysconfig.get_path("scripts")
+    if not shutil.which("ninja") and shutil.which("ninja", path=scripts):
+        os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + scripts
+    return shutil.which("ninja")
 
 
 def _glob(pattern: str) -> list[str]:

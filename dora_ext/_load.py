@@ -16,23 +16,31 @@ import torch
 
 from dora_ext import _build
 
+NAME = "dora_ext_jit"
 module = None  # the extension, once loaded
 origin = None  # "prebuilt" or "just in time"
 _jit_digest = None
+_waiting = []
 _why_not = "dora_ext: its kernels are not compiled yet: call dora_ext.load() once, before the first op."
-
-
-class _Unloaded:
-    """Stands in for torch.ops.dora_ext until the ops exist, so that using one says what to do about it."""
-
-    def __getattr__(self, name):
-        # Inspection (copy, hasattr, tracing) looks for dunders and expects an AttributeError.
-        raise AttributeError(name) if name.startswith("__") else RuntimeError(_why_not)
 
 
 def why_not() -> str | None:
     """Why there are no kernels; None when there are."""
     return _why_not if module is None else None
+
+
+def require() -> None:
+    """Every public function of an op starts with it."""
+    if module is None:
+        raise RuntimeError(_why_not)
+
+
+def when_loaded(function) -> None:
+    """Runs `function` as soon as the ops are registered: now, or at the end of load()."""
+    if module is not None:
+        function()
+    else:
+        _waiting.append(function)
 
 
 def build_facts() -> dict | None:
@@ -54,17 +62,18 @@ def mismatch(facts: dict | None) -> str | None:
 def load_prebuilt() -> None:
     """Called by `import dora_ext`; never compiles, never raises. Without kernels, every op tells why."""
     global _why_not
-    torch.ops.dora_ext = _Unloaded()
     problem = mismatch(build_facts())
     if problem:
         _why_not = problem
         return
     try:
-        _arrived(importlib.import_module("dora_ext._C"), "prebuilt")
+        extension = importlib.import_module("dora_ext._C")
     except ModuleNotFoundError:
-        pass
+        return
     except ImportError as error:
         _why_not = f"dora_ext: its prebuilt kernels do not load ({error}). Reinstall it, or call dora_ext.load()."
+        return
+    _arrived(extension, "prebuilt")
 
 
 def load(verbose: bool = True) -> None:
@@ -94,7 +103,6 @@ def load(verbose: bool = True) -> None:
     key = hashlib.sha256(json.dumps([digest, torch.__version__, sys.version, cuda, archs]).encode()).hexdigest()[:12]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     directory = root / f"dora_ext-torch{torch.__version__}-{key}"
-    library = directory / "dora_ext_jit.so"
     say = print if verbose else lambda *_: None
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,18 +114,19 @@ def load(verbose: bool = True) -> None:
             say(f"dora_ext: another process is building in {directory}, waiting for it")
             fcntl.flock(guard, fcntl.LOCK_EX)
         done = directory / "complete"
-        if not (done.exists() and library.exists()):
+        if done.exists():
+            spec = importlib.util.spec_from_file_location(NAME, directory / f"{NAME}.so")
+            extension = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(extension)
+        else:
             _check_tools()
             # torch's own lock outlives a killed build, and torch waits for it for ever.
             lock = directory / "lock"
             if lock.exists():
                 say(f"dora_ext: a build that was killed left {lock}; removed, building again")
                 lock.unlink()
-            _compile(cpp_extension, directory, cuda, archs, say)
+            extension = _compile(cpp_extension, directory, cuda, archs, say)
             done.touch()
-    spec = importlib.util.spec_from_file_location(library.stem, library)
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
     _jit_digest = digest
     _arrived(extension, "just in time")
 
@@ -125,11 +134,8 @@ def load(verbose: bool = True) -> None:
 def _arrived(extension, how: str) -> None:
     global module, origin
     module, origin = extension, how
-    if isinstance(torch.ops.dora_ext, _Unloaded):
-        del torch.ops.dora_ext
-    from dora_ext.ops import _registry
-
-    _registry.activate()
+    while _waiting:
+        _waiting.pop(0)()
 
 
 def _jit_architectures(cuda: bool) -> list[str]:
@@ -151,7 +157,7 @@ def _check_tools() -> None:
         raise _build.BuildError(f"Python's headers are missing ({header}): apt install python3-dev, or its like")
 
 
-def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say) -> None:
+def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say):
     sources = _build.sources(cuda)
     what = f"{len(sources)} sources for " + (f"CPU and CUDA ({', '.join(archs)})" if cuda else "the CPU")
     say(f"dora_ext: compiling {what}, once, in {directory}")
@@ -161,9 +167,11 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say) 
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
+    # torch builds a name once in a process, even if that failed: without this a second try would not compile at all.
+    cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(NAME, None)
     try:
-        cpp_extension.load(
-            name="dora_ext_jit",
+        extension = cpp_extension.load(
+            name=NAME,
             sources=[str(_build.csrc() / source) for source in sources],
             extra_cflags=_build.CXX_FLAGS + _build.fact_flags(archs),
             extra_cuda_cflags=_build.NVCC_FLAGS,
@@ -171,8 +179,6 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say) 
             extra_include_paths=[str(_build.csrc())],
             build_directory=str(directory),
             with_cuda=cuda,
-            is_python_module=False,
-            is_standalone=True,
         )
     finally:
         finished.set()
@@ -180,13 +186,13 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say) 
         if cuda and before is None:
             del os.environ["TORCH_CUDA_ARCH_LIST"]
     say(f"dora_ext: compiled in {time.monotonic() - start:.0f} s")
+    return extension
 
 
 def _report(directory: Path, steps: int, start: float, finished: threading.Event, say) -> None:
     """Says what ninja has finished: it appends a line to its log for each object."""
-    log, told = directory / ".ninja_log", 0
-    told = len(_finished_objects(log))  # of an earlier build that did not get to its end
-    base = told
+    log = directory / ".ninja_log"
+    base = told = len(_finished_objects(log))  # some may be left of a build that did not get to its end
     while not finished.wait(0.2):
         objects = _finished_objects(log)
         for name in objects[told:]:
