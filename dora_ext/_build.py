@@ -4,7 +4,7 @@ Rules:
 - This file imports neither torch nor dora_ext: setup.py and CMake read it before either can be imported.
 - csrc/*.cpp and csrc/cpu/*.cpp are in every build; csrc/cuda/*.cu are added for CUDA and nothing else changes, so
   leaving them out is the CPU-only build, without an #ifdef. A new file in these folders is in the build by being there.
-- No two sources share a stem, in whatever folder: torch's builder names objects by it. tests/test_build.py holds us to it.
+- No two sources share a stem, in whatever folder: torch's builder names objects by it. tests/test_build.py checks that.
 - No -std: the running torch chooses it (C++17 for 2.11, C++20 from 2.13). No -march: one wheel runs on every CPU, the
   instruction set is chosen at run time. No --use_fast_math. No nvcc flag contains "arch": torch would drop its own.
 """

@@ -1,0 +1,42 @@
+"""Seeds, and which tests run where: those marked cuda are skipped, visibly, without a GPU or without kernels for it."""
+
+import random
+
+import pytest
+import torch
+
+from dora_ext import _load
+
+
+def pytest_report_header():
+    kernels = f"{_load.origin}, architectures {_load.module.architectures or 'none'}" if _load.module else "none"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"dora_ext kernels: {kernels}; torch {torch.__version__}; {device}"
+
+
+def pytest_collection_modifyitems(items):
+    no_cuda = why_no_cuda()
+    for item in items:
+        if no_cuda and (item.get_closest_marker("cuda") or item.get_closest_marker("multi_gpu")):
+            item.add_marker(pytest.mark.skip(reason=no_cuda))
+        elif item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
+def why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if _load.module is not None and not _load.module.architectures:
+        return "dora_ext was built without CUDA kernels"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    return request.param
