@@ -1,0 +1,95 @@
+// norm: n = |W + s B A| per output feature. Which kernel computes it for which dtype, rank and device, and its launch.
+//
+//   fp16, bf16   rank <= 64   norm_low_rank.cuh    W streams once past lora_B in registers
+//                any          norm_high_rank.cuh   a product in chunks of the rank; also odd sizes and small devices
+//   fp32, fp64                norm_fma.cuh
+//   norm_cached               norm_fingerprint.cuh decides on the device whether the above has anything to do
+#pragma once
+
+#include "norm_common.cuh"
+#include "norm_fma.cuh"
+#include "norm_high_rank.cuh"
+#include "norm_low_rank.cuh"
+
+namespace dora_ext {
+
+template <typename T>
+struct NormPlan {
+  void (*kernel)(NormProblem<T>, int64_t tiles_per_split);
+  int threads;
+  int64_t shared_bytes;
+  int64_t owned_tiles;
+  Splits splits;
+};
+
+struct NormDevice {
+  int multiprocessors;
+  int64_t shared_bytes;  // that one block can have
+};
+
+// `resident`: blocks of this kernel that fit on a multiprocessor by their registers.
+template <typename T>
+NormPlan<T> make_norm_plan(const NormProblem<T>& p, void (*kernel)(NormProblem<T>, int64_t), int threads,
+                           int64_t shared_bytes, int features, int columns, int resident, const NormDevice& device) {
+  if (shared_bytes > 0) resident = std::min<int64_t>(resident, device.shared_bytes / shared_bytes);
+  const int64_t owned_tiles = (p.out + features - 1) / features;
+  return {kernel, threads, shared_bytes, owned_tiles,
+          split_walk(owned_tiles, (p.in + columns - 1) / columns, int64_t{device.multiprocessors} * resident)};
+}
+
+template <typename T, int KT, int WM, int WN, bool Transposed>
+bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
+  using Tile = LowRankTile<KT, WM, WN, Transposed>;
+  if (p.rank > Tile::kRank || Tile::kSharedBytes > device.shared_bytes) return false;
+  plan = make_norm_plan(p, norm_low_rank_kernel<T, KT, WM, WN, Transposed>, Tile::kThreads, Tile::kSharedBytes,
+                        Tile::kFeatures, Tile::kColumns, 2, device);
+  return true;
+}
+
+template <typename T, int WM, int NT, bool Resident, bool Aligned, bool Transposed>
+bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
+  using Tile = HighRankTile<WM, NT, Resident>;
+  const int64_t shared_bytes = Tile::shared_bytes(p.rank);
+  if (shared_bytes > device.shared_bytes) return false;
+  plan = make_norm_plan(p, norm_high_rank_kernel<T, WM, NT, Resident, Aligned, Transposed>, Tile::kThreads,
+                        shared_bytes, Tile::kFeatures, Tile::kColumns, 4 / WM, device);
+  return true;
+}
+
+// The first that fits. p.partials may still be null: its size comes from the plan.
+template <typename T, bool Transposed>
+NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
+  NormPlan<T> plan{};
+  if constexpr (sizeof(T) >= 4) {
+    using Tile = FmaTile<Transposed>;
+    plan = make_norm_plan(p, norm_fma_kernel<T, Transposed>, Tile::kThreads, 0, Tile::kFeatures, Tile::kColumns, 2,
+                          device);
+  } else {
+    const auto on_16_bytes = [](const T* v) { return reinterpret_cast<uintptr_t>(v) % 16 == 0; };
+    const bool aligned =
+        p.in % 8 == 0 && (!Transposed || p.out % 8 == 0) && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
+    // Rows of memory of at least 256 bytes a tile: 64 features of 128 columns, or turned around.
+    constexpr int kM = Transposed ? 2 : 1, kN = Transposed ? 4 : 8;
+    [[maybe_unused]] const bool planned = aligned
+                                              ? plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device) ||
+                                                    plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device) ||
+                                                    plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
+                                                    plan_high_rank<T, 2, 2, true, true, Transposed>(plan, p, device) ||
+                                                    plan_high_rank<T, 2, 2, false, true, Transposed>(plan, p, device) ||
+                                                    plan_high_rank<T, 1, 1, false, true, Transposed>(plan, p, device)
+                                              : plan_high_rank<T, 1, 1, false, false, Transposed>(plan, p, device);
+  }
+  return plan;
+}
+
+template <typename T>
+void launch_norm(const NormPlan<T>& plan, const NormProblem<T>& p, cudaStream_t stream) {
+  if (plan.splits.count == 0) return;  // in = 0: the finishing kernel adds up nothing
+  if (plan.shared_bytes > 0) {
+    cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+  }
+  const dim3 grid(static_cast<unsigned>(plan.owned_tiles), static_cast<unsigned>(plan.splits.count));
+  plan.kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(p, plan.splits.tiles);
+}
+
+}  // namespace dora_ext

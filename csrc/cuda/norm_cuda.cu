@@ -1,0 +1,73 @@
+// norm and norm_cached on CUDA. The kernels and how one is chosen: norm.cuh.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "launch.h"
+#include "norm.cuh"
+#include "norm_fingerprint.cuh"
+
+namespace dora_ext {
+namespace {
+
+// With `cached` and `fingerprint` null: always computed.
+std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                    const Tensor& magnitude, double scaling, bool transposed, Tensor* cached,
+                                    Tensor* fingerprint) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const auto options = weight.options().dtype(accumulate_type(weight.scalar_type()));
+  const int64_t out = lora_B.size(0), in = lora_A.size(1);
+  Tensor norm = at::empty({out}, options), gain = at::empty({out}, options);
+  if (out == 0) return {norm, gain};
+
+  // A transposed view of a contiguous matrix is the other layout, not a reason to copy it.
+  const bool view = !weight.is_contiguous() && weight.t().is_contiguous();
+  if (view) transposed = !transposed;
+  const Tensor w = view ? weight.t() : weight.contiguous();
+  const Tensor a = lora_A.to(w.scalar_type()).contiguous(), b = lora_B.to(w.scalar_type()).contiguous();
+  const Tensor m = magnitude.contiguous();
+  const cudaStream_t stream = current_stream();
+
+  switch_dtype(w.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulate_t<T>;
+    int64_t* marks = fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*fingerprint);
+    Acc* stored = cached == nullptr ? nullptr : mutable_data<Acc>(*cached);
+    NormProblem<T> problem{
+        data<T>(w), data<T>(a), data<T>(b), out, in, static_cast<int>(a.size(0)), static_cast<Acc>(scaling),
+        nullptr,    marks};
+    const NormDevice device{multiprocessors(), shared_bytes_per_block()};
+    const NormPlan<T> plan = transposed ? plan_norm<T, true>(problem, device) : plan_norm<T, false>(problem, device);
+    const Tensor partials = at::empty({plan.splits.count, out}, options);
+    problem.partials = mutable_data<Acc>(partials);
+
+    if (marks != nullptr) launch_fingerprint(problem, transposed, scaling, marks, device.multiprocessors, stream);
+    launch_norm(plan, problem, stream);
+    launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
+                            mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {norm, gain};
+}
+
+std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                     const Tensor& magnitude, double scaling, bool transposed) {
+  check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
+  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                            const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
+                                            Tensor& fingerprint) {
+  check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
+  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, &cached, &fingerprint);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
+  m.impl("norm", &norm_cuda);
+  m.impl("norm_cached", &norm_cached_cuda);
+}
+
+}  // namespace dora_ext
