@@ -1,0 +1,287 @@
+"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors, to and from PEFT alike.
+
+A file is written beside the old one and takes its place only when all of it is on the disk; a file is read, checked
+against the model whole, and only then does anything in the model change.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .inject import dora_class, dora_layers, place, target_names
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+BASE_KEY = "base_layer.weight"
+# Options of PEFT that change what a layer computes and that these layers do not have.
+_FOREIGN_OPTIONS = (
+    "modules_to_save", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora",
+    "use_bdlora", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, or does not fit the model. The model is as it was."""
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike, *, base_model_name: str | None = None, task_type: str | None = None
+) -> None:
+    """Write the DoRA layers of `model` to `folder`, for `load_adapter` and for PEFT's PeftModel.from_pretrained.
+
+    Args:
+        base_model_name: name or path of the base model, kept in the file for its reader.
+        task_type: PEFT's, e.g. "CAUSAL_LM"; decides only which PeftModel class wraps the model there.
+
+    Raises:
+        ValueError: the model has no DoRA layer, or one whose parameters are partitioned away.
+        OSError: the folder cannot be written or the disk is full; files from an earlier save are whole.
+    """
+    layers = dora_layers(model)
+    if not layers:
+        raise ValueError(f"save_adapter: model: {type(model).__name__} has no DoRA layer")
+    tensors = {}
+    for name, layer in layers.items():
+        for key, parameter in adapter_parameters(layer).items():
+            if parameter.numel() == 0 or parameter.is_meta:
+                raise ValueError(f"save_adapter: {name}.{key} is empty here: gather partitioned parameters first")
+            value = parameter.detach().reshape(_file_shape(layer, key, parameter))
+            tensors[f"{PREFIX}{name}.{key}"] = value.to("cpu", copy=True).contiguous()
+    config = _config(model, layers) | {"base_model_name_or_path": base_model_name, "task_type": task_type}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    from safetensors.torch import save_file  # here, so that importing dora_ext needs torch alone
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_files(
+        folder,
+        {
+            WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            CONFIG_NAME: lambda path: path.write_text(text),
+        },
+    )
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Load an adapter saved by `save_adapter` or by PEFT into `model`, whose layers are replaced where they are not yet
+    DoRA layers. All of it or nothing: whatever is wrong is found before the model changes.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FileNotFoundError: no adapter in `folder`. AdapterError: one that is corrupt, or not for this model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    try:
+        layers, new = _layers_for(model, config, tensors)
+        _check(layers, config, tensors)
+    except BaseException:
+        # from_base freezes what it wraps.
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        raise
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for key, parameter in adapter_parameters(layer).items():
+                parameter.copy_(tensors[f"{PREFIX}{name}.{key}"].reshape(parameter.shape))
+            base_weight = tensors.get(f"{PREFIX}{name}.{BASE_KEY}")
+            if base_weight is not None:
+                layer.base_layer.weight.copy_(base_weight)
+    place(model, new)
+    return model
+
+
+def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """A DoRA layer's own parameters by their names in the file: without "default", the magnitude without ".weight"."""
+    parameters = {}
+    for name, parameter in layer.named_parameters():
+        if name.startswith("lora_"):
+            key = name.replace(".default", "")
+            if key.startswith("lora_magnitude_vector"):
+                key = key.removesuffix(".weight")
+            parameters[key] = parameter
+    return parameters
+
+
+def _file_shape(layer: nn.Module, key: str, parameter: Tensor) -> tuple[int, ...]:
+    """PEFT keeps a convolution's magnitude as (1, out, 1, ...)."""
+    dims = layer.base_layer.weight.dim()
+    if key == "lora_magnitude_vector" and dims > 2:
+        return 1, parameter.numel(), *([1] * (dims - 2))
+    return tuple(parameter.shape)
+
+
+def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
+    r, alpha, dropout, use_rslora = (
+        Counter(values).most_common(1)[0][0]
+        for values in zip(*((m.r, m.alpha, _dropout(m), m.use_rslora) for m in layers.values()), strict=True)
+    )
+    # PEFT has one use_rslora for all layers; a layer that differs says so through its alpha.
+    alphas = {n: m.alpha if m.use_rslora == use_rslora else m.scaling * _divisor(m.r, use_rslora)
+              for n, m in layers.items()}  # fmt: skip
+    return {
+        "peft_type": "LORA",
+        "use_dora": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": use_rslora,
+        "rank_pattern": {f"^{re.escape(n)}": m.r for n, m in layers.items() if m.r != r},
+        "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+        "target_modules": _target_modules(model, layers),
+        "fan_in_fan_out": all(getattr(m, "fan_in_fan_out", False) for m in layers.values()),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _divisor(r: int, use_rslora: bool) -> float:
+    return math.sqrt(r) if use_rslora else r
+
+
+def _dropout(layer: nn.Module) -> float:
+    p = getattr(layer, "dropout", 0.0)
+    return float(getattr(p, "p", p) if not isinstance(p, nn.Identity) else 0.0)
+
+
+def _target_modules(model: nn.Module, layers: dict[str, nn.Module]) -> list[str] | str:
+    """The last parts of the names where these fit no other layer, else a regular expression of all whole names."""
+    ends = {name.rpartition(".")[2] for name in layers}
+    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends) if named == set(layers) else "|".join(re.escape(name) for name in layers)
+
+
+def _replace_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+    """Each file is written under a temporary name in the same folder and synced; only then do all take their places."""
+    from safetensors import SafetensorError
+
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            temporary[name].touch()
+            mode = temporary[name].stat().st_mode
+            try:
+                write(temporary[name])
+            except SafetensorError as error:
+                raise OSError(f"save_adapter: cannot write {folder / name}: {error}") from error
+            with open(temporary[name], "rb+") as file:
+                os.fchmod(file.fileno(), mode)  # safetensors lets nobody but the owner read
+                os.fsync(file.fileno())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {folder}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"load_adapter: {path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"load_adapter: {path}: expected an object, got {type(config).__name__}")
+    if config.get("peft_type") != "LORA" or config.get("use_dora") is not True:
+        got = f"peft_type {config.get('peft_type')!r}, use_dora {config.get('use_dora')!r}"
+        raise AdapterError(f"load_adapter: {path}: expected a DoRA adapter (peft_type LORA, use_dora true), got {got}")
+    foreign = [name for name in _FOREIGN_OPTIONS if config.get(name)]
+    foreign += ["bias"] if config.get("bias", "none") != "none" else []
+    if foreign:
+        raise AdapterError(f"load_adapter: {path}: options that dora_ext does not have: {', '.join(foreign)}")
+    for name, kinds in (("r", int), ("lora_alpha", (int, float))):
+        value = config.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise AdapterError(f"load_adapter: {path}: {name}: expected a positive number, got {value!r}")
+    if not config.get("target_modules"):
+        raise AdapterError(f"load_adapter: {path}: target_modules is missing")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        if pickled.is_file():
+            raise AdapterError(
+                f"load_adapter: {pickled} is a pickle, which can run code when it is read; save it as safetensors first"
+            )
+        raise FileNotFoundError(f"load_adapter: no {WEIGHTS_NAME} in {folder}")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(f"load_adapter: {path}: corrupt, truncated or not safetensors: {error}") from error
+
+
+def _layers_for(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
+    """All DoRA layers that the file is for, by path, and those of them that are not in the model yet."""
+    present = dora_layers(model)
+    in_file = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
+    if config.get("layers_to_transform") is None:
+        wanted = target_names(model, config["target_modules"], config.get("exclude_modules"))
+    else:
+        # Which layers were transformed is told by the file's own keys.
+        wanted = [name for name in target_names(model, config["target_modules"]) if name in in_file]
+    new = {}
+    for name in wanted:
+        base = model.get_submodule(name)
+        r, alpha = _rank_and_alpha(config, name)
+        new[name] = dora_class(base).from_base(
+            base, r=r, alpha=alpha, dropout=config.get("lora_dropout", 0.0), use_rslora=config.get("use_rslora", False)
+        )
+    return present | new, new
+
+
+def _rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
+    def pattern(option: str, default):
+        for key, value in (config.get(option) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return default
+
+    return pattern("rank_pattern", config["r"]), pattern("alpha_pattern", config["lora_alpha"])
+
+
+def _check(layers: dict[str, nn.Module], config: dict, tensors: dict[str, Tensor]) -> None:
+    expected, optional, problems = {}, {}, []
+    for name, layer in layers.items():
+        for key, parameter in adapter_parameters(layer).items():
+            expected[f"{PREFIX}{name}.{key}"] = _file_shape(layer, key, parameter)
+        if isinstance(layer.base_layer, nn.Embedding):
+            # PEFT puts a targeted embedding's own weight into the file.
+            optional[f"{PREFIX}{name}.{BASE_KEY}"] = tuple(layer.base_layer.weight.shape)
+        r, alpha = _rank_and_alpha(config, name)
+        if layer.r != r:
+            problems.append(f"{name}: rank {r} in the file, {layer.r} in the model")
+        scaling = alpha / _divisor(r, config.get("use_rslora", False))
+        if not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
+            problems.append(f"{name}: scaling {scaling:g} in the file, {layer.scaling:g} in the model")
+    problems += [f"missing key {key}" for key in expected if key not in tensors]
+    known = expected | optional
+    problems += [f"unknown key {key}" for key in tensors if key not in known]
+    for key, value in tensors.items():
+        if key in known and tuple(value.shape) != known[key]:
+            problems.append(f"{key}: expected shape {known[key]}, got {tuple(value.shape)}")
+        elif key in known and not value.is_floating_point():
+            problems.append(f"{key}: expected floating point numbers, got {value.dtype}")
+    if problems:
+        shown = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise AdapterError(f"load_adapter: the adapter does not fit the model:\n  {shown}")

@@ -1,0 +1,86 @@
+"""The benchmark's own machinery: tables come from the committed results, and a rival's failure is written down."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+from bench import __main__ as program  # noqa: E402  after the check for what it needs
+from bench import bench_error, bench_linear, measure, rivals, tables  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SMALL = rivals.Shape(8, 16, 24, 2)
+
+
+def test_readme_tables_are_those_of_the_results():
+    page = (ROOT / "README.md").read_text()
+    assert tables.MARKERS.search(page), "README.md has no table markers"
+    assert tables.render(page) == page, "run: python -m bench.tables --write README.md"
+
+
+def test_committed_results_are_complete():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        facts = json.loads(path.read_text())["facts"]
+        assert {"device", "torch", "peft", "commit", "date"} <= set(facts), path
+
+
+@pytest.mark.parametrize("name", ["linear", "peft_lora", "peft_dora", rivals.OURS])
+def test_rivals_compute_the_same_layer(name):
+    problem = rivals.Problem.random(SMALL, "cpu", torch.float64, bias=True)
+    rival = rivals.build(name, problem)
+    versions = [p._version for p in rival.factors]
+    rival.touch()
+    assert all(p._version > v for p, v in zip(rival.factors, versions, strict=True))
+    assert len(rival.step()) == 1 + len(rival.trained) == {"linear": 1, "peft_lora": 3}.get(name, 4)
+    if "dora" in name:
+        errors = bench_error._errors(name, problem)
+        assert set(errors) == set(bench_error.OUTPUTS)
+        assert max(errors.values()) < 1e-12
+
+
+def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
+    build = rivals.build
+
+    def fail_for_one(name, problem):
+        if name == "peft_dora":
+            raise RuntimeError("out of luck")
+        return build(name, problem)
+
+    for module in (bench_linear, bench_error):
+        monkeypatch.setattr(module, "build", fail_for_one)
+    monkeypatch.setattr(bench_linear, "CPU_SHAPES", [SMALL])
+    out = tmp_path / "new" / "r.json"
+    assert program.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    timed = results["linear_step"][0]["rivals"]
+    assert timed["peft_dora"] == {"error": "RuntimeError: out of luck"}
+    assert all(timed[name]["wall_ms"] > 0 for name in ("linear", "peft_lora", rivals.OURS))
+    assert "peft_dora failed: RuntimeError: out of luck" in capsys.readouterr().out
+    assert "| failed |" in tables.section("linear_step", "r", tmp_path / "new")
+
+
+def test_one_op_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_linear, "CPU_SHAPES", [SMALL])
+    out = tmp_path / "r.json"
+    program.main(["linear", "--device", "cpu", "--quick", "--out", str(out)])
+    assert "errors" not in json.loads(out.read_text())
+    with pytest.raises(SystemExit):
+        program.main(["no_such_op"])
+
+
+def test_unmeasured_sections_say_so(tmp_path):
+    page = "a\n<!-- bench: linear_step nogpu -->\nold\n<!-- /bench -->\nb\n"
+    assert "not measured yet" in tables.render(page, tmp_path)
+    assert "old" not in tables.render(page, tmp_path)
+
+
+def test_cpu_peak_counts_what_is_held():
+    def step():
+        a = torch.ones(1 << 20)  # 4 MiB
+        b = a + 1
+        del a
+        return b + 1
+
+    assert measure.cpu_peak_mib(step, lambda: None) == pytest.approx(8, rel=0.01)
