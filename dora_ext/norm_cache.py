@@ -1,16 +1,18 @@
 """Reusing a weight norm while nothing changed: gradient accumulation and checkpoint recomputation get it for free.
 
-A cached norm is offered again only if the same three tensors (identity, address, version), the same scaling and stream
-come back and no optimizer has stepped since. What leaves no trace on the host (`p.data.add_`, an optimizer that writes
+A cached norm is offered again only if the same three tensors (storage, place in it, version), the same scaling and stream
+come back and no optimizer has stepped since. The storages are held weakly: that frees their memory, but keeps their
+identity from being given to another (an address and a version repeat; weak references to the tensors themselves would
+forbid torch.utils.swap_tensors, which `.to()` uses). What leaves no trace on the host (`p.data.add_`, an optimizer that writes
 through raw pointers outside torch.optim) is looked for on the device: `norm_cached` hashes all of A and B and a sample
 of every row and column of W, and computes the norm anew if the hash moved. Nothing waits for the device.
 """
 
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _optimizer_steps = 0
@@ -34,7 +36,7 @@ class NormCache:
         """Forget the norm: the next forward computes it."""
         self._norm: Tensor | None = None
         self._fingerprint: Tensor | None = None
-        self._tensors: tuple[weakref.ref, ...] = ()
+        self._storages: tuple[StorageWeakRef, ...] = ()
         self._key: tuple = ()
 
     @property
@@ -55,19 +57,17 @@ class NormCache:
         if any(t.is_inference() for t in tensors):
             return compute(torch.ops.dora_ext.norm.default)
         stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-        versions = tuple((t._version, t.data_ptr(), t.dtype) for t in tensors)
-        key = (versions, constants, stream, _optimizer_steps)
-        same = len(self._tensors) == len(tensors) and all(r() is t for r, t in zip(self._tensors, tensors, strict=True))
-        if not (same and key == self._key):
+        places = tuple((t.untyped_storage()._cdata, t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
+        key = (places, constants, stream, _optimizer_steps)
+        if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
             if fits and len(self._norm) == out and self._key[2] == stream:
                 self._fingerprint[:1].zero_()
             else:
-                self.clear()
                 self._norm = torch.empty(out, dtype=dtype, device=weight.device)
                 self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
-            self._tensors = tuple(weakref.ref(t) for t in tensors)
+            self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
         return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint)
 

@@ -68,7 +68,8 @@ def test_compiled(device):
 def test_channels_last_and_wider_adapters(device):
     t = inputs((9, 8), (3, 3), 2, torch.float32, device, torch.float64, channels_last=True)
     y = dora_conv(**t, scaling=1.0, groups=2, padding=1)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    base = torch.nn.functional.conv2d(t["x"], t["weight"], groups=2, padding=1)
+    assert y.stride() == base.stride()  # the layout that the convolution itself chose
     compare(t, {"padding": 1}, 2, torch.float32)
 
 

@@ -117,7 +117,13 @@ def test_bad_arguments_are_named():
         ((w, a, b, m, float("nan")), ValueError, "scaling: expected a finite number"),
         ((w, a, b, m, float("inf")), ValueError, "scaling: expected a finite number"),
         ((w[0], a, b, m, 1.0), ValueError, "weight: expected 2 dimensions"),
-        ((w, a.to("meta"), b, m, 1.0), ValueError, "lora_A: expected it on cpu"),
     ]:
         with pytest.raises(error, match=message):
             torch.ops.dora_ext.norm(*args)
+
+
+@pytest.mark.cuda
+def test_tensors_on_two_devices_are_refused():
+    w, a, b, m = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2), torch.randn(6)
+    with pytest.raises(ValueError, match="lora_A: expected it on cuda:0 like weight, got cpu"):
+        torch.ops.dora_ext.norm(w.cuda(), a, b.cuda(), m.cuda(), 1.0)

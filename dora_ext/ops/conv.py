@@ -25,7 +25,8 @@ class _DoraConv(torch.autograd.Function):
         y = torch.ops.dora_ext.compose.default(base, h, dense_B, gain, bias, scaling, False, True)
         ctx.geometry = (stride, padding, dilation)
         ctx.scaling, ctx.groups = scaling, groups
-        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
+        ctx.magnitude_like = magnitude.shape, magnitude.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, h, base if ctx.needs_input_grad[4] else None, weight, lora_A, lora_B, norm, gain)
         return y
 
@@ -60,8 +61,9 @@ class _DoraConv(torch.autograd.Function):
                 )
                 dx = dx + dx_A if need_x else None
                 dA = dA.to(lora_A.dtype) if need_A else None
-        dm = dm.to(ctx.dtypes[0]) if need_m else None
-        db = db.to(ctx.dtypes[1]) if need_bias else None
+        shape, dtype = ctx.magnitude_like
+        dm = dm.to(dtype).view(shape) if need_m else None
+        db = db.to(ctx.bias_dtype) if need_bias else None
         return dx, None, dA, dB if need_B else None, dm, db, *([None] * 7)
 
 
