@@ -109,6 +109,18 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   }
 }
 
+// Two floats in a register, rounded to nearest even; the inverse of unpack.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Products
 
