@@ -163,7 +163,8 @@ inline void check_quantize_nf4(const Tensor& x, int64_t blocksize) {
 
 inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
                                  at::ScalarType dtype, const OptionalTensor& nested_absmax,
-                                 const OptionalTensor& nested_code, int64_t nested_blocksize) {
+                                 const OptionalTensor& nested_code, const OptionalTensor& offset,
+                                 int64_t nested_blocksize) {
   const char* op = "dora_ext::dequantize_nf4";
   TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
                     ": blocksize: expected a power of two from 32 to 4096, got ", blocksize);
@@ -188,7 +189,8 @@ inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int
   }
   TORCH_CHECK_TYPE(absmax.scalar_type() == at::kByte, op, ": absmax: expected uint8 with nested_absmax, got ",
                    absmax.scalar_type());
-  TORCH_CHECK_VALUE(nested_blocksize > 0, op, ": nested_blocksize: expected at least 1, got ", nested_blocksize);
+  TORCH_CHECK_VALUE(nested_blocksize > 0 && (nested_blocksize & (nested_blocksize - 1)) == 0, op,
+                    ": nested_blocksize: expected a power of two, got ", nested_blocksize);
   const int64_t nested = (blocks + nested_blocksize - 1) / nested_blocksize;
   TORCH_CHECK_VALUE(nested_absmax->scalar_type() == at::kFloat && nested_absmax->numel() == nested, op,
                     ": nested_absmax: expected ", nested, " float32 values, got ", nested_absmax->numel(), " of ",
@@ -197,6 +199,19 @@ inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int
                     ": nested_code: expected 256 float32 values with nested_absmax");
   check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
   check_device(op, "nested_code", *nested_code, "packed", packed);
+  TORCH_CHECK_VALUE(!offset || (offset->is_floating_point() && offset->numel() == 1), op,
+                    ": offset: expected one float32 value");
+}
+
+inline void check_quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t blocksize) {
+  const char* op = "dora_ext::quantize_absmax";
+  TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ", absmax.scalar_type());
+  check_dim(op, "absmax", absmax, 1);
+  TORCH_CHECK_TYPE(code.scalar_type() == at::kFloat, op, ": code: expected float32, got ", code.scalar_type());
+  check_shape(op, "code", code, {256});
+  check_device(op, "code", code, "absmax", absmax);
+  TORCH_CHECK_VALUE(blocksize > 0 && (blocksize & (blocksize - 1)) == 0, op,
+                    ": blocksize: expected a power of two, got ", blocksize);
 }
 
 }  // namespace dora_ext
