@@ -53,15 +53,14 @@ def _cuda(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
     repeats = 8 if quick else 30
     results = {}
     for name in names:
+        result = results[name] = {}
         try:
             rival = build(name, problem)
-            results[name] = {
-                "wall_ms": wall_ms(rival.step, rival.touch, repeats),
-                "peak_mib": peak_mib(rival.step, rival.touch),
-                "device_ms": device_ms(rival.step, repeats),
-            }
+            result["wall_ms"] = wall_ms(rival.step, rival.touch, repeats)
+            result["peak_mib"] = peak_mib(rival.step, rival.touch)
+            result["device_ms"] = device_ms(rival.step, repeats)
         except Exception as error:  # one rival's failure is a result of its own
-            results[name] = _error(error)
+            result |= _error(error)
         rival = None
         gc.collect()
         torch.cuda.empty_cache()

@@ -14,6 +14,8 @@ from . import bench_error, bench_linear
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = {bench.KEY: bench.table for bench in (bench_linear, bench_error)}
+GPU_REPORT = RESULTS.parents[1] / "tests" / "gpu_report.json"
+STATUS = re.compile(r"(<!-- gpu status -->\n).*?(<!-- /gpu status -->)", re.DOTALL)
 MARKERS = re.compile(r"(<!-- bench: (\w+) (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -29,8 +31,18 @@ def section(key: str, stem: str, results: Path = RESULTS) -> str:
     return "\n".join([where + ".", *TABLES[key](data[key])]) + "\n"
 
 
-def render(page: str, results: Path = RESULTS) -> str:
-    return MARKERS.sub(lambda m: m[1] + section(m[2], m[3], results) + m[4], page)
+def gpu_status(report: Path = GPU_REPORT) -> str:
+    """One line on the run of the GPU tests that travels with the code."""
+    facts = json.loads(report.read_text()) if report.exists() else {"untested": "they have not run on a GPU yet"}
+    if "untested" in facts:
+        return f"GPU tests: untested: {facts['untested']}.\n"
+    counts = ", ".join(f"{count} {what}" for what, count in facts["counts"].items())
+    return f"GPU tests: {counts} on {facts['device']} ({facts['date']}).\n"
+
+
+def render(page: str, results: Path = RESULTS, report: Path = GPU_REPORT) -> str:
+    page = MARKERS.sub(lambda m: m[1] + section(m[2], m[3], results) + m[4], page)
+    return STATUS.sub(lambda m: m[1] + gpu_status(report) + m[2], page)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-from bench import __main__ as program  # noqa: E402  after the check for what it needs
-from bench import bench_error, bench_linear, measure, rivals, tables  # noqa: E402
+from bench import __main__ as program
+from bench import bench_error, bench_linear, measure, rivals, tables
 
 ROOT = Path(__file__).parents[1]
 SMALL = rivals.Shape(8, 16, 24, 2)
