@@ -1,31 +1,26 @@
 // The passes over a layer's output and over its gradient, on the CPU.
-#define AT_PER_OPERATOR_HEADERS
-#include <ATen/TensorOperators.h>
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <cmath>
 #include <tuple>
+#include <vector>
 
-#include "check.h"
+#include "faces.h"
 
-namespace dora_ext {
+namespace dora_ext::cpu {
 namespace {
 
-constexpr double kSmallGain = 1.0 / 16;  // below it y has lost bits of u
-constexpr int64_t kBlock = 64;           // tokens of one partial sum: fixed, so that bits do not depend on threads
+constexpr double kSmallGain = 1.0 / 16;  // below it the output has lost bits of u
 
-// An output-shaped tensor as (outer, features, inner): inner is 1 when the features are the last dimension.
+// An output-shaped tensor as (outer, features, inner); inner is 1 when the features are the last dimension.
 struct Layout {
   int64_t outer = 1, features, inner = 1;
+
   Layout(const Tensor& t, bool channels_first) {
     const int64_t dim = channels_first ? 1 : t.dim() - 1;
     features = t.size(dim);
@@ -34,93 +29,155 @@ struct Layout {
   }
 };
 
+// (batch, features, ...) whose memory has the features last (torch.channels_last): no copy, another view serves.
+bool stored_features_last(const Tensor& t, bool channels_first) {
+  return channels_first && t.dim() > 2 && !t.is_contiguous() && t.movedim(1, -1).is_contiguous();
+}
+
+// y = mul * base + add + C M, with C M = g * s h B^T; y and base contiguous, may be the same.
+void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
+                  const OptionalTensor& bias, double scaling, bool delta, bool channels_first) {
+  const auto acc = accumulate_type(base.scalar_type());
+  const Layout l(base, channels_first);
+  const Tensor H = contiguous_as(h, acc), B = lora_B.to(acc), g = contiguous_as(gain, acc);
+  Tensor mul = g, add = bias ? contiguous_as(*bias, acc) : at::zeros_like(g);
+  if (delta) {
+    mul = g.sub(1);
+    add = mul.mul(add).neg_();
+  }
+  const int64_t r = B.size(1);
+  dispatch(base.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Acc = acc_type<T>;
+    const auto& loops = kernels<T>();
+    T* to = data<T>(y);
+    const T* from = data<T>(base);
+    const Acc *hp = data<Acc>(H), *mp = data<Acc>(mul), *ap = data<Acc>(add);
+    if (l.inner == 1) {
+      const Tensor panels = pack<T>(B.t(), scaling, &g);
+      const LowRank<Acc> all{hp, r, 1, r, data<Acc>(panels)};
+      at::parallel_for(0, l.outer, grain(l.features), [&](int64_t begin, int64_t end) {
+        LowRank<Acc> low = all;
+        low.coefficients += begin * r;
+        const int64_t at = begin * l.features;
+        loops.compose_by_column(to + at, from + at, end - begin, l.features, low, mp, ap);
+      });
+      return;
+    }
+    const Tensor C = B.mul(g.unsqueeze(1)).contiguous();
+    const int64_t count = divide_up(l.inner, loops.panel), size = l.features * l.inner;
+    at::parallel_for(0, l.outer, grain(size), [&](int64_t begin, int64_t end) {
+      std::vector<Acc> panels(count * r * loops.panel);
+      for (int64_t o = begin; o < end; ++o) {
+        loops.pack(panels.data(), hp + o * r * l.inner, l.inner, 1, r, l.inner, static_cast<Acc>(scaling), nullptr, 0,
+                   count);
+        const LowRank<Acc> low{data<Acc>(C), r, 1, r, panels.data()};
+        loops.compose_by_row(to + o * size, from + o * size, l.features, l.inner, low, mp, ap);
+      }
+    });
+  });
+}
+
 Tensor compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
                const OptionalTensor& bias, double scaling, bool delta, bool channels_first) {
   check_compose(base, h, lora_B, gain, bias, scaling, channels_first);
-  const auto acc = accumulate_type(base.scalar_type());
-  const Tensor b = base.contiguous(), hc = h.contiguous(), B = lora_B.to(acc).contiguous();
-  const Tensor g = gain.to(acc).contiguous(), c = bias ? bias->to(acc).contiguous() : at::zeros_like(g);
-  Tensor y = at::empty_like(b);
-  const Layout l(b, channels_first);
-  const int64_t r = B.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, b.scalar_type(), "compose", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const auto *bp = b.const_data_ptr<scalar_t>(), *hp = hc.const_data_ptr<scalar_t>();
-    const auto *Bp = B.const_data_ptr<acc_t>(), *gp = g.const_data_ptr<acc_t>(), *cp = c.const_data_ptr<acc_t>();
-    auto* yp = y.data_ptr<scalar_t>();
-    at::parallel_for(0, l.outer, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o)
-        for (int64_t f = 0; f < l.features; ++f)
-          for (int64_t i = 0; i < l.inner; ++i) {
-            acc_t low = 0;
-            for (int64_t k = 0; k < r; ++k) low += static_cast<acc_t>(hp[(o * r + k) * l.inner + i]) * Bp[f * r + k];
-            low *= static_cast<acc_t>(scaling);
-            const int64_t at = (o * l.features + f) * l.inner + i;
-            const acc_t v = static_cast<acc_t>(bp[at]);
-            yp[at] = static_cast<scalar_t>(delta ? (gp[f] - 1) * (v - cp[f]) + gp[f] * low : gp[f] * (v + low) + cp[f]);
-          }
-    });
-  });
+  if (stored_features_last(base, channels_first)) {
+    return compose(base.movedim(1, -1), h.movedim(1, -1), lora_B, gain, bias, scaling, delta, false).movedim(-1, 1);
+  }
+  const Tensor from = base.contiguous(), y = at::empty_like(from);
+  compose_into(y, from, h, lora_B, gain, bias, scaling, delta, channels_first);
   return y;
 }
 
 void compose_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
               double scaling, bool delta, bool channels_first) {
-  base.copy_(compose(base, h, lora_B, gain, bias, scaling, delta, channels_first));
+  check_compose(base, h, lora_B, gain, bias, scaling, channels_first);
+  if (stored_features_last(base, channels_first)) {
+    const Tensor moved = base.movedim(1, -1);
+    return compose_into(moved, moved, h.movedim(1, -1), lora_B, gain, bias, scaling, delta, false);
+  }
+  const Tensor y = base.contiguous();
+  compose_into(y, y, h, lora_B, gain, bias, scaling, delta, channels_first);
+  if (!y.is_same(base)) base.copy_(y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                     const Tensor& gain, const OptionalTensor& bias,
                                                     bool saved_is_output, bool delta, bool channels_first) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
+  if (stored_features_last(grad, channels_first)) {
+    auto [G, dm, db] = compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output,
+                                        delta, false);
+    return {G.movedim(-1, 1), dm, db};
+  }
+  // Fixed blocks of rows, so that bits do not depend on threads; no more than kMostBlocks partial sums.
+  constexpr int64_t kFewestRows = 32, kMostBlocks = 128;
   const auto acc = accumulate_type(grad.scalar_type());
-  const Tensor d = grad.contiguous(), v = saved.contiguous(), n = norm.to(acc), g = gain.to(acc);
-  const Tensor c = bias ? bias->to(acc).contiguous() : at::zeros_like(g);
-  const Layout l(d, channels_first);
-  // Features last: blocks of tokens. Channels first: one block per sample.
-  const int64_t per = channels_first ? 1 : kBlock, blocks = (l.outer + per - 1) / per;
-  Tensor G = at::empty_like(d), sums = at::zeros({blocks, 2, l.features}, n.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, d.scalar_type(), "compose_backward", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const auto *dp = d.const_data_ptr<scalar_t>(), *vp = v.const_data_ptr<scalar_t>();
-    const auto *gp = g.const_data_ptr<acc_t>(), *cp = c.const_data_ptr<acc_t>();
-    auto *Gp = G.data_ptr<scalar_t>();
-    auto *sp = sums.data_ptr<acc_t>();
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin * per; o < std::min(end * per, l.outer); ++o)
-        for (int64_t f = 0; f < l.features; ++f)
-          for (int64_t i = 0; i < l.inner; ++i) {
-            const int64_t at = (o * l.features + f) * l.inner + i;
-            const acc_t dv = static_cast<acc_t>(dp[at]);
-            Gp[at] = static_cast<scalar_t>((delta ? gp[f] - 1 : gp[f]) * dv);
-            acc_t* s = sp + (o / per) * 2 * l.features + f;
-            s[0] += dv * (static_cast<acc_t>(vp[at]) - cp[f]);
-            s[l.features] += dv;
-          }
+  const Layout l(grad, channels_first);
+  const Tensor d = grad.contiguous(), v = saved.contiguous(), G = at::empty_like(d);
+  const Tensor n = contiguous_as(norm, acc), g = contiguous_as(gain, acc), mul = delta ? g.sub(1) : g;
+  const Tensor sub = bias ? contiguous_as(*bias, acc) : at::zeros_like(g);
+  const int64_t rows = l.inner > 1 ? 1 : std::max(kFewestRows, divide_up(l.outer, kMostBlocks));
+  const int64_t blocks = divide_up(l.outer, rows), size = l.features * l.inner;
+  const Tensor sums = at::zeros({blocks, 2, l.features}, n.options());
+  const Tensor dm = at::empty_like(n), db = at::empty_like(n);
+  dispatch(d.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Acc = acc_type<T>;
+    T* Gp = data<T>(G);
+    const T *dp = data<T>(d), *vp = data<T>(v);
+    const Acc *mp = data<Acc>(mul), *cp = data<Acc>(sub), *np = data<Acc>(n), *gp = data<Acc>(g);
+    at::parallel_for(0, blocks, grain(rows * size), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t at = b * rows * size, count = std::min(rows, l.outer - b * rows);
+        Acc* to = data<Acc>(sums) + b * 2 * l.features;
+        l.inner > 1 ? kernels<T>().backward_by_row(Gp + at, dp + at, vp + at, l.features, l.inner, mp, cp, to)
+                    : kernels<T>().backward_by_column(Gp + at, dp + at, vp + at, count, l.features, mp, cp, to);
+      }
+    });
+    Acc *mg = data<Acc>(dm), *bg = data<Acc>(db);
+    for_column_sums(data<Acc>(sums), blocks, 2 * l.features, [&](int64_t j, double sum) {
+      if (j >= l.features) {
+        bg[j - l.features] = static_cast<Acc>(sum);
+        return;
+      }
+      const double divisor = saved_is_output ? static_cast<double>(np[j]) * gp[j] : np[j];
+      const bool drop = !(np[j] > 0) || (saved_is_output && std::abs(gp[j]) < kSmallGain);
+      mg[j] = drop ? 0 : static_cast<Acc>(sum / divisor);
     });
   });
-  const Tensor total = sums.sum(0);
-  Tensor dm = total[0] / n, drop = n == 0;
-  if (saved_is_output) {
-    dm.div_(g);
-    drop = drop.logical_or(g.abs() < kSmallGain);
-  }
-  return {G, dm.masked_fill_(drop, 0), total[1].clone()};
+  return {G, dm, db};
+}
+
+// Output features whose gain is too small, without being there for nothing (n > 0).
+std::vector<int64_t> small_gains(const Tensor& norm, const Tensor& gain) {
+  std::vector<int64_t> columns;
+  dispatch(norm.scalar_type(), [&](auto element) {
+    using Acc = acc_type<decltype(element)>;
+    const Tensor n = norm.contiguous(), g = contiguous_as(gain, norm.scalar_type());
+    const Acc *np = data<Acc>(n), *gp = data<Acc>(g);
+    for (int64_t j = 0; j < n.numel(); ++j)
+      if (np[j] > 0 && std::abs(gp[j]) < kSmallGain) columns.push_back(j);
+  });
+  return columns;
 }
 
 void magnitude_grad_recover_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
                              const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
                              double scaling, bool transposed) {
-  const Tensor columns = (gain.abs() < kSmallGain).logical_and_(norm > 0).nonzero().flatten();
+  constexpr int64_t kPiece = 64;  // dY^T x is as large as the weight when every gain is small: not all at once
+  auto columns = small_gains(norm, gain);
+  if (columns.empty()) return;
   const auto acc = norm.scalar_type();
-  // In pieces, because dY^T x is as large as the weight when every gain is small.
-  for (int64_t begin = 0; begin < columns.size(0); begin += kBlock) {
-    const Tensor piece = columns.slice(0, begin, std::min(begin + kBlock, columns.size(0)));
-    const Tensor dT = grad_y.index_select(1, piece).to(acc).t();
-    const Tensor W = transposed ? weight.index_select(1, piece).t() : weight.index_select(0, piece);
-    const Tensor B = lora_B.index_select(0, piece).to(acc);
-    const Tensor base = (at::mm(dT, x.to(acc)) * W.to(acc)).sum(1), low = (at::mm(dT, h.to(acc)) * B).sum(1);
-    grad_magnitude.index_copy_(0, piece, (base + scaling * low) / norm.index_select(0, piece));
+  const Tensor X = x.to(acc), H = h.to(acc), W = transposed ? weight.t() : weight;
+  const auto count = static_cast<int64_t>(columns.size());
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const Tensor piece = at::empty({std::min(kPiece, count - begin)}, x.options().dtype(at::kLong));
+    std::copy_n(columns.begin() + begin, piece.size(0), data<int64_t>(piece));
+    const Tensor dT = at::index_select(grad_y, 1, piece).to(acc).t();
+    const Tensor w = at::index_select(W, 0, piece).to(acc), b = at::index_select(lora_B, 0, piece).to(acc);
+    const Tensor sum = at::mm(dT, X).mul_(w).sum(1).add_(at::mm(dT, H).mul_(b).sum(1), scaling);
+    grad_magnitude.index_copy_(0, piece, sum.div_(at::index_select(norm, 0, piece)).to(grad_magnitude.scalar_type()));
   }
 }
 
@@ -133,4 +190,4 @@ TORCH_LIBRARY_IMPL(dora_ext, CPU, m) {
   m.impl("magnitude_grad_recover_", magnitude_grad_recover_);
 }
 
-}  // namespace dora_ext
+}  // namespace dora_ext::cpu

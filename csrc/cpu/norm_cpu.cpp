@@ -1,40 +1,90 @@
-// n = |W + s B A| by output feature and g = m / n, on the CPU.
-#define AT_PER_OPERATOR_HEADERS
-#include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/where.h>
+// n = |W + s B A| by output feature and g = m / n, on the CPU. The sum W + s B A exists a tile at a time, in registers.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <cmath>
 #include <tuple>
+#include <vector>
 
-#include "check.h"
+#include "faces.h"
 
-namespace dora_ext {
+namespace dora_ext::cpu {
 namespace {
 
-Tensor gain_of(const Tensor& magnitude, const Tensor& n) {
-  return at::where(n > 0, magnitude.to(n.scalar_type()) / n, 0.0);
+// W is stored by output feature (out, in): one sum per row.
+template <typename T>
+void norm_by_row(const Tensor& W, const Tensor& A, const Tensor& B, double scaling, Tensor& n) {
+  using Acc = acc_type<T>;
+  constexpr int64_t kRows = 64;  // of one call: reads a block of A from the L2 cache for so many rows
+  const int64_t out = W.size(0), in = W.size(1), ld = W.stride(0), r = A.size(0);
+  const Tensor panels = pack<T>(A, scaling);
+  const T* w = data<T>(W);
+  Acc* np = data<Acc>(n);
+  at::parallel_for(0, divide_up(out, kRows), grain(kRows * in), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t row = chunk * kRows, rows = std::min(kRows, out - row);
+      double sums[kRows];
+      const LowRank<Acc> low{data<Acc>(B) + row * B.stride(0), B.stride(0), B.stride(1), r, data<Acc>(panels)};
+      kernels<T>().square_rows(sums, w + row * ld, ld, rows, in, low);
+      for (int64_t i = 0; i < rows; ++i) np[row + i] = static_cast<Acc>(std::sqrt(sums[i]));
+    }
+  });
 }
 
-Tensor compute_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, bool transposed) {
+// W is stored by input feature, `stored` (in, out): sums of blocks of rows, then of the blocks.
+template <typename T>
+void norm_by_column(const Tensor& stored, const Tensor& A, const Tensor& B, double scaling, Tensor& n) {
+  using Acc = acc_type<T>;
+  constexpr int64_t kMostBlocks = 256, kFewestRows = 64;
+  const int64_t in = stored.size(0), out = stored.size(1), ld = stored.stride(0), r = A.size(0);
+  const int64_t rows = std::max(kFewestRows, divide_up(divide_up(in, kMostBlocks), 8) * 8);
+  const int64_t blocks = divide_up(in, rows);
+  const Tensor panels = pack<T>(B.t(), scaling), partial = at::zeros({blocks, out}, n.options());
+  const T* w = data<T>(stored);
+  at::parallel_for(0, blocks, grain(rows * out), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * rows;
+      const LowRank<Acc> low{data<Acc>(A) + row * A.stride(1), A.stride(1), A.stride(0), r, data<Acc>(panels)};
+      kernels<T>().square_columns(data<Acc>(partial) + block * out, w + row * ld, ld, std::min(rows, in - row), out,
+                                  low);
+    }
+  });
+  Acc* np = data<Acc>(n);
+  for_column_sums(data<Acc>(partial), blocks, out,
+                  [&](int64_t j, double sum) { np[j] = static_cast<Acc>(std::sqrt(sum)); });
+}
+
+void norm_into(Tensor& n, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+               bool transposed) {
   const auto dtype = weight.scalar_type(), acc = accumulate_type(dtype);
-  const Tensor W = transposed ? weight.t() : weight, A = lora_A.to(dtype).to(acc), B = lora_B.to(dtype).to(acc);
-  Tensor n = at::empty({B.size(0)}, weight.options().dtype(acc));
-  for (int64_t i = 0; i < n.size(0); i += 64) {
-    const int64_t end = std::min(i + 64, n.size(0));
-    const Tensor V = at::addmm(W.slice(0, i, end).to(acc), B.slice(0, i, end), A, 1, scaling);
-    n.slice(0, i, end).copy_((V * V).sum(1).sqrt());
-  }
-  return n;
+  const Tensor A = lora_A.to(dtype).to(acc), B = lora_B.to(dtype).to(acc);
+  Tensor W = transposed ? weight.t() : weight;  // (out, in), however it is stored
+  const bool by_column = W.stride(1) != 1 && W.stride(0) == 1;
+  if (W.stride(1) != 1 && !by_column) W = W.contiguous();
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    by_column ? norm_by_column<T>(W.t(), A, B, scaling, n) : norm_by_row<T>(W, A, B, scaling, n);
+  });
+}
+
+Tensor gain_of(const Tensor& magnitude, const Tensor& n) {
+  const Tensor m = contiguous_as(magnitude, n.scalar_type());
+  Tensor g = at::empty_like(n);
+  dispatch(n.scalar_type(), [&](auto element) {
+    using Acc = acc_type<decltype(element)>;
+    const Acc *mp = data<Acc>(m), *np = data<Acc>(n);
+    Acc* gp = data<Acc>(g);
+    for (int64_t j = 0; j < n.numel(); ++j) gp[j] = np[j] > 0 ? mp[j] / np[j] : 0;
+  });
+  return g;
 }
 
 std::tuple<Tensor, Tensor> norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                 const Tensor& magnitude, double scaling, bool transposed) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
-  const Tensor n = compute_norm(weight, lora_A, lora_B, scaling, transposed);
+  Tensor n = at::empty({lora_B.size(0)}, weight.options().dtype(accumulate_type(weight.scalar_type())));
+  norm_into(n, weight, lora_A, lora_B, scaling, transposed);
   return {n, gain_of(magnitude, n)};
 }
 
@@ -42,8 +92,8 @@ std::tuple<Tensor, Tensor> norm_cached(const Tensor& weight, const Tensor& lora_
                                        const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
                                        Tensor& fingerprint) {
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
-  cached.copy_(compute_norm(weight, lora_A, lora_B, scaling, transposed));
-  ++fingerprint.data_ptr<int64_t>()[3];
+  norm_into(cached, weight, lora_A, lora_B, scaling, transposed);
+  ++data<int64_t>(fingerprint)[3];
   const Tensor n = cached.clone();
   return {n, gain_of(magnitude, n)};
 }
@@ -55,4 +105,4 @@ TORCH_LIBRARY_IMPL(dora_ext, CPU, m) {
   m.impl("norm_cached", norm_cached);
 }
 
-}  // namespace dora_ext
+}  // namespace dora_ext::cpu

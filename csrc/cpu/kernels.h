@@ -1,0 +1,66 @@
+// The CPU's loops over raw pointers, compiled once per instruction set (kernels_*.cpp) and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace dora_ext::cpu {
+
+// Storage of the half-precision types; the loops convert by vectors.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccType {
+  using type = float;
+};
+template <>
+struct AccType<double> {
+  using type = double;
+};
+template <typename T>
+using acc_type = typename AccType<T>::type;
+
+// A product C M of rank r: C (rows, r) through its strides, M (r, columns) packed by `pack`.
+template <typename A>
+struct LowRank {
+  const A* coefficients;  // C[i, k] at i * row_stride + k * k_stride
+  int64_t row_stride, k_stride, r;
+  const A* panels;
+};
+
+// Every kernel works on the calling thread. T: element type of the large matrices, A: accumulators, and all small ones.
+template <typename T, typename A = acc_type<T>>
+struct Kernels {
+  int64_t panel;  // columns of a panel
+
+  // Panels [begin, end) of M[k, j] * scale * column_scale[j]; m at k * k_stride + j * column_stride; column_scale may
+  // be null. Panel p is (r, panel), columns past the end zero.
+  void (*pack)(A* panels, const A* m, int64_t k_stride, int64_t column_stride, int64_t r, int64_t columns, A scale,
+               const A* column_scale, int64_t begin, int64_t end);
+  // sums[i] = sum_j (w[i, j] + (C M)[i, j])^2;  w (rows, columns) with row stride ld.
+  void (*square_rows)(double* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
+  // sums[j] += sum_i (w[i, j] + (C M)[i, j])^2
+  void (*square_columns)(A* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
+  // y = base * mul[j] + add[j] + C M;  y, base (rows, columns) contiguous, may be the same.
+  void (*compose_by_column)(T* y, const T* base, int64_t rows, int64_t columns, LowRank<A> low, const A* mul,
+                            const A* add);
+  // y = base * mul[i] + add[i] + C M
+  void (*compose_by_row)(T* y, const T* base, int64_t rows, int64_t columns, LowRank<A> low, const A* mul,
+                         const A* add);
+  // G = grad * mul[j], sums[j] += sum_i grad * (saved - sub[j]), sums[columns + j] += sum_i grad.
+  void (*backward_by_column)(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const A* mul,
+                             const A* sub, A* sums);
+  // G = grad * mul[i], sums[i] = sum_j grad * (saved - sub[i]), sums[rows + i] = sum_j grad.
+  void (*backward_by_row)(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const A* mul,
+                          const A* sub, A* sums);
+};
+
+// The loops for this machine.
+template <typename T>
+const Kernels<T>& kernels();
+
+}  // namespace dora_ext::cpu
