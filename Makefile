@@ -12,7 +12,7 @@ ENV ?= venv
 ARGS ?=
 LINTERS := ruff==0.17.6 clang-format==23.1.5
 
-VENV := $(CURDIR)/.venv
+VENV ?= $(CURDIR)/.venv
 ifeq ($(ENV),active)
   PY := $(PYTHON)
   READY :=
@@ -34,11 +34,13 @@ test: $(call READY,test) build cpp-test
 	$(PY) -m pytest $(ARGS)
 
 build: $(call READY,torch)
-	$(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@echo "compiling what changed (the first time takes minutes; compiler output goes to build/log)"
+	@$(PY) setup.py build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 	$(PY) -m dora_ext
 
 cpp-test: $(call READY,test)
-	cmake -S . -B build/cmake -G Ninja -Wno-dev -DPython3_EXECUTABLE=$(shell command -v $(PY)) --log-level=WARNING
+	cmake -S . -B build/cmake -G Ninja -DPython3_EXECUTABLE=$(shell command -v $(PY)) --log-level=WARNING $(CMAKE_ARGS)
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
 

@@ -25,7 +25,10 @@ spec = importlib.util.spec_from_file_location("_build", ROOT / "dora_ext" / "_bu
 _build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_build)
 
-cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
+try:
+    cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
+except _build.BuildError as error:
+    raise SystemExit(f"error: {error}") from None
 archs = _build.architectures(cuda)
 _build.find_ninja()
 if cuda:

@@ -69,9 +69,10 @@ def use_cuda(torch_cuda: str | None, cuda_home: str | None) -> bool:
     missing = []
     if not torch_cuda:
         missing.append("the installed torch is a CPU build (torch.version.cuda is None): install a CUDA build of torch")
-    if not cuda_home:
+    cuda_home = cuda_home or os.environ.get("CUDA_HOME")  # a CPU build of torch does not look for one
+    if not cuda_home and not shutil.which("nvcc"):
         missing.append("no CUDA toolkit was found: set CUDA_HOME, or put nvcc on the PATH")
-    elif not shutil.which("nvcc", path=os.path.join(cuda_home, "bin")):
+    elif cuda_home and not shutil.which("nvcc", path=os.path.join(cuda_home, "bin")):
         missing.append(f"CUDA_HOME is {cuda_home}, but there is no bin/nvcc in it")
     if missing and wish == "1":
         raise BuildError("DORA_EXT_CUDA=1 asks for CUDA kernels, but " + "; and ".join(missing))

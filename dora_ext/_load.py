@@ -100,9 +100,7 @@ def load(verbose: bool = True) -> None:
     digest = _build.digest()
     cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
     archs = _jit_architectures(cuda)
-    key = hashlib.sha256(json.dumps([digest, torch.__version__, sys.version, cuda, archs]).encode()).hexdigest()[:12]
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    directory = root / f"dora_ext-torch{torch.__version__}-{key}"
+    directory = build_folder(digest, cuda, archs)
     say = print if verbose else lambda *_: None
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -136,6 +134,15 @@ def _arrived(extension, how: str) -> None:
     module, origin = extension, how
     while _waiting:
         _waiting.pop(0)()
+
+
+def build_folder(digest: str, cuda: bool, archs: list[str]) -> Path:
+    """Where the just-in-time build for this torch, this Python and these sources lives."""
+    from torch.utils import cpp_extension
+
+    key = hashlib.sha256(json.dumps([digest, torch.__version__, sys.version, cuda, archs]).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return root / f"dora_ext-torch{torch.__version__}-{key}"
 
 
 def _jit_architectures(cuda: bool) -> list[str]:

@@ -14,13 +14,31 @@ def pytest_report_header():
     return f"dora_ext kernels: {kernels}; torch {torch.__version__}; {device}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, metavar="N", help="of each test, run N of its parameter sets, always the same")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--sample"):
+        sample(config, items, config.getoption("--sample"))
     no_cuda = why_no_cuda()
     for item in items:
         if no_cuda and (item.get_closest_marker("cuda") or item.get_closest_marker("multi_gpu")):
             item.add_marker(pytest.mark.skip(reason=no_cuda))
         elif item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
+def sample(config, items, n: int) -> None:
+    """For slow instruments, such as compute-sanitizer: what -m and -k leave is thinned out."""
+    groups: dict = {}
+    for item in items:
+        groups.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    drawn = [random.Random(0).sample(group, min(n, len(group))) for group in groups.values()]
+    kept = {id(item) for group in drawn for item in group}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 def why_no_cuda() -> str | None:

@@ -1,0 +1,205 @@
+"""The GPU results that travel with the code, since continuous integration has no GPU.
+
+python tests/gpu_report.py [--out FILE]      on a GPU machine: all tests, then the kernel tests under each
+                                             compute-sanitizer tool; writes tests/gpu_report.json
+python tests/gpu_report.py --untested WHY    writes a report that says so; README's status line must then, too
+python tests/gpu_report.py --check           does the report belong to these sources, and is it good?
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "tests" / "gpu_report.json"
+TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+# Tests that launch our kernels directly; under a sanitizer a few sizes of each are enough, and all there is time for.
+KERNEL_TESTS = [
+    "test_norm*",
+    "test_compose*",
+    "test_linear*",
+    "test_embedding*",
+    "test_conv*",
+    "test_nf4*",
+    "*kernels*",
+]
+CASES_PER_TEST = 4
+SECONDS_PER_TOOL = 240
+
+
+def digest(root: Path = ROOT) -> str:
+    """sha256 over everything that the GPU runs or that feeds it: csrc/cuda, shared headers, schemas, compositions."""
+    csrc = root / "csrc"
+    files = [p for p in csrc.glob("cuda/*") if p.is_file()] + [*csrc.glob("*.h"), csrc / "ops.cpp", csrc / "linear.cpp"]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def problems(report: dict, readme: str, sources: str) -> list[str]:
+    """What keeps this report from standing for sources with this digest; empty when nothing does."""
+    reason = report.get("untested")
+    if reason is not None:
+        lines = [line for line in readme.splitlines() if "GPU" in line and "untested" in line and reason in line]
+        told = bool(reason.strip()) and bool(lines)
+        return (
+            [] if told else [f"the GPU code is untested ({reason!r}), but no line of README.md says so with the reason"]
+        )
+    if report.get("digest") != sources:
+        return ["the CUDA sources changed after tests/gpu_report.json was written: run make gpu-test on a GPU machine"]
+    found = []
+    tests = report.get("pytest", {})
+    if tests.get("failed", 1) or not tests.get("passed_cuda"):
+        found.append(f"tests on the GPU: {tests}")
+    for tool in TOOLS:
+        result = report.get("sanitizer", {}).get(tool, {})
+        if result.get("errors", 1) or result.get("failed", 1) or not result.get("passed"):
+            found.append(f"compute-sanitizer {tool}: {result}")
+    return found
+
+
+def count(xml: Path) -> dict:
+    if not xml.exists():
+        return {"passed": 0, "failed": 1, "skipped": 0, "passed_cuda": 0}  # it never got to its end
+    suites = list(ElementTree.parse(xml).getroot().iter("testsuite"))
+    total = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    bad = [case for s in suites for case in s.iter("testcase") if len(case)]
+    on_gpu = [case for s in suites for case in s.iter("testcase") if not len(case) and "cuda" in case.get("name", "")]
+    return {
+        "passed": total["tests"] - total["failures"] - total["errors"] - total["skipped"],
+        "failed": total["failures"] + total["errors"],
+        "skipped": total["skipped"],
+        "passed_cuda": len(on_gpu),
+        "skips": sorted({case[0].get("message", "") for case in bad if case[0].tag == "skipped"}),
+    }
+
+
+def run_suite(work: Path) -> dict:
+    xml, start = work / "suite.xml", time.monotonic()
+    subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q"], cwd=ROOT, check=False)
+    return {**count(xml), "seconds": round(time.monotonic() - start)}
+
+
+def kernel_filter(sanitizer: str) -> list[str]:
+    """Only our kernels are instrumented. The option's name differs between releases."""
+    options = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False).stdout
+    return next(
+        (["--" + name, "kns=dora_ext"] for name in ("kernel-regex", "kernel-name") if "--" + name in options), []
+    )
+
+
+def run_sanitizer(sanitizer: str, tool: str, work: Path) -> dict:
+    files = sorted({p for pattern in KERNEL_TESTS for p in (ROOT / "tests").glob(pattern + ".py")})
+    xml, log, start = work / f"{tool}.xml", work / f"{tool}.log", time.monotonic()
+    # Initialisation is seen only where the writer is instrumented too, and inputs are written by torch's kernels.
+    ours = [] if tool == "initcheck" else kernel_filter(sanitizer)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda and not slow", f"--sample={CASES_PER_TEST}"]
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        *ours,
+        *pytest,
+        f"--junitxml={xml}",
+        "-p",
+        "no:cacheprovider",
+        *map(str, files),
+    ]
+    # torch's caching allocator would hide an access past the end of a tensor inside one large block.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            process.wait(SECONDS_PER_TOOL)
+            timed_out = False
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and the tests under it
+            process.wait()
+    text = log.read_text(errors="replace")
+    result = {**count(xml), "errors": summary(text, tool), "seconds": round(time.monotonic() - start)}
+    if timed_out:
+        result["timed_out"] = True
+    if result["errors"] or result["failed"]:
+        print(f"--- compute-sanitizer {tool}: {log}\n{text[-6000:]}")
+    return {key: value for key, value in result.items() if key != "skips"}
+
+
+def summary(text: str, tool: str) -> int:
+    """Errors in a sanitizer's log; 1 if it has no summary, since nothing was then checked to the end."""
+    if tool == "racecheck":
+        found = re.findall(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)", text)
+        return sum(int(hazards) for hazards, _, _ in found) if found else 1
+    found = re.findall(r"ERROR SUMMARY: (\d+) errors?", text)
+    if not found:
+        return 1
+    if tool == "initcheck":  # others' kernels are instrumented too: count what happened in ours
+        return len(re.findall(r"Uninitialized [^\n]*\n(?:=+ +at [^\n]*dora_ext)", text))
+    return sum(map(int, found))
+
+
+def measure(out: Path) -> dict:
+    import torch
+
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if not torch.cuda.is_available() or not sanitizer:
+        missing = "a CUDA device" if sanitizer else "compute-sanitizer (part of the CUDA toolkit)"
+        raise SystemExit(f"make gpu-test needs {missing}; without it: --untested 'the reason'")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        "driver": driver[0] if driver else "unknown",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "digest": digest(),
+    }
+    work = out.resolve().parent / "gpu_report_logs"
+    work.mkdir(parents=True, exist_ok=True)
+    report["pytest"] = run_suite(work)
+    # Instrumentation keeps the processor busier than the GPU, so the tools run side by side.
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        results = pool.map(lambda tool: run_sanitizer(sanitizer, tool, work), TOOLS)
+        report["sanitizer"] = dict(zip(TOOLS, results, strict=True))
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=REPORT)
+    parser.add_argument("--untested", metavar="WHY")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.check:
+        report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
+    elif arguments.untested is not None:
+        report = {"untested": arguments.untested, "digest": digest()}
+    else:
+        report = measure(arguments.out)
+    if not arguments.check:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+    found = problems(report, readme, digest())
+    print(json.dumps(report, indent=1))
+    print("\n".join(f"gpu_report: {line}" for line in found) or "gpu_report: good")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+import gpu_report
+import pytest
+
+README = "# dora_ext\n\nGPU status: untested, since no machine could be had\n"
+GOOD = {
+    "digest": "abc",
+    "pytest": {"passed": 9, "failed": 0, "skipped": 1, "passed_cuda": 4},
+    "sanitizer": {tool: {"passed": 3, "failed": 0, "errors": 0} for tool in gpu_report.TOOLS},
+}
+
+
+def changed(**parts):
+    return {**GOOD, **parts}
+
+
+def test_a_clean_report_of_these_sources_stands():
+    assert gpu_report.problems(GOOD, "", "abc") == []
+
+
+@pytest.mark.parametrize(
+    ("report", "word"),
+    [
+        ({}, "changed"),
+        (changed(digest="other"), "changed"),
+        (changed(pytest={"passed": 9, "failed": 1, "passed_cuda": 4}), "tests on the GPU"),
+        (changed(pytest={"passed": 9, "failed": 0, "passed_cuda": 0}), "tests on the GPU"),
+        (changed(sanitizer={}), "memcheck"),
+        (changed(sanitizer={**GOOD["sanitizer"], "racecheck": {"passed": 3, "failed": 0, "errors": 2}}), "racecheck"),
+        (changed(sanitizer={**GOOD["sanitizer"], "synccheck": {"passed": 0, "failed": 0, "errors": 0}}), "synccheck"),
+    ],
+)
+def test_anything_else_does_not(report, word):
+    assert any(word in line for line in gpu_report.problems(report, README, "abc"))
+
+
+def test_untested_needs_its_reason_in_the_readme():
+    assert gpu_report.problems({"untested": "no machine could be had"}, README, "abc") == []
+    assert gpu_report.problems({"untested": "no machine could be had"}, "# dora_ext", "abc")
+    assert gpu_report.problems({"untested": "another reason"}, README, "abc")
+    assert gpu_report.problems({"untested": ""}, README, "abc")
+
+
+def test_digest_covers_kernels_and_what_feeds_them(tmp_path):
+    names = ["cuda/norm.cuh", "cuda/norm_cuda.cu", "check.h", "ops.cpp", "linear.cpp"]
+    for name in [*names, "cpu/norm_cpu.cpp"]:
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("first")
+    before = gpu_report.digest(tmp_path)
+    (tmp_path / "csrc/cpu/norm_cpu.cpp").write_text("second")
+    assert gpu_report.digest(tmp_path) == before
+    for name in names:
+        (tmp_path / "csrc" / name).write_text("second")
+        after = gpu_report.digest(tmp_path)
+        assert after != before, name
+        before = after
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "errors"),
+    [
+        ("memcheck", "========= ERROR SUMMARY: 0 errors\n", 0),
+        ("memcheck", "========= ERROR SUMMARY: 3 errors\n", 3),
+        ("memcheck", "killed half way", 1),
+        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0),
+        ("racecheck", "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n", 2),
+        (
+            "initcheck",
+            "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at cublas_kernel+0x10\n"
+            "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at void dora_ext::norm+0x1\n"
+            "========= ERROR SUMMARY: 2 errors\n",
+            1,
+        ),
+    ],
+)
+def test_sanitizer_summaries_are_read(tool, text, errors):
+    assert gpu_report.summary(text, tool) == errors
