@@ -53,8 +53,7 @@ def save_adapter(
         for key, parameter in adapter_parameters(layer).items():
             if parameter.numel() == 0 or parameter.is_meta:
                 raise ValueError(f"save_adapter: {name}.{key} is empty here: gather partitioned parameters first")
-            value = parameter.detach().reshape(_file_shape(layer, key, parameter))
-            tensors[f"{PREFIX}{name}.{key}"] = value.to("cpu", copy=True).contiguous()
+            tensors[f"{PREFIX}{name}.{key}"] = parameter.detach().to("cpu", copy=True).contiguous()
     config = _config(model, layers) | {"base_model_name_or_path": base_model_name, "task_type": task_type}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -96,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, layer in layers.items():
             for key, parameter in adapter_parameters(layer).items():
-                parameter.copy_(tensors[f"{PREFIX}{name}.{key}"].reshape(parameter.shape))
+                parameter.copy_(tensors[f"{PREFIX}{name}.{key}"])
             base_weight = tensors.get(f"{PREFIX}{name}.{BASE_KEY}")
             if base_weight is not None:
                 layer.base_layer.weight.copy_(base_weight)
@@ -116,18 +115,10 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _file_shape(layer: nn.Module, key: str, parameter: Tensor) -> tuple[int, ...]:
-    """PEFT keeps a convolution's magnitude as (1, out, 1, ...)."""
-    dims = layer.base_layer.weight.dim()
-    if key == "lora_magnitude_vector" and dims > 2:
-        return 1, parameter.numel(), *([1] * (dims - 2))
-    return tuple(parameter.shape)
-
-
 def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
     r, alpha, dropout, use_rslora = (
         Counter(values).most_common(1)[0][0]
-        for values in zip(*((m.r, m.alpha, _dropout(m), m.use_rslora) for m in layers.values()), strict=True)
+        for values in zip(*((m.r, m.alpha, m.dropout, m.use_rslora) for m in layers.values()), strict=True)
     )
     # PEFT has one use_rslora for all layers; a layer that differs says so through its alpha.
     alphas = {n: m.alpha if m.use_rslora == use_rslora else m.scaling * _divisor(m.r, use_rslora)
@@ -150,11 +141,6 @@ def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
 
 def _divisor(r: int, use_rslora: bool) -> float:
     return math.sqrt(r) if use_rslora else r
-
-
-def _dropout(layer: nn.Module) -> float:
-    p = getattr(layer, "dropout", 0.0)
-    return float(getattr(p, "p", p) if not isinstance(p, nn.Identity) else 0.0)
 
 
 def _target_modules(model: nn.Module, layers: dict[str, nn.Module]) -> list[str] | str:
@@ -264,10 +250,12 @@ def _check(layers: dict[str, nn.Module], config: dict, tensors: dict[str, Tensor
     expected, optional, problems = {}, {}, []
     for name, layer in layers.items():
         for key, parameter in adapter_parameters(layer).items():
-            expected[f"{PREFIX}{name}.{key}"] = _file_shape(layer, key, parameter)
+            expected[f"{PREFIX}{name}.{key}"] = tuple(parameter.shape)
         if isinstance(layer.base_layer, nn.Embedding):
             # PEFT puts a targeted embedding's own weight into the file.
             optional[f"{PREFIX}{name}.{BASE_KEY}"] = tuple(layer.base_layer.weight.shape)
+        if layer.merged:
+            problems.append(f"{name} is merged: call unmerge() first")
         r, alpha = _rank_and_alpha(config, name)
         if layer.r != r:
             problems.append(f"{name}: rank {r} in the file, {layer.r} in the model")

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .nn import DoraConv1d, DoraConv2d, DoraConv3d, DoraEmbedding, DoraLinear
+from .nn import DoraBase, DoraConv1d, DoraConv2d, DoraConv3d, DoraEmbedding, DoraLinear
+from .nn.linear import is_transposed
 
-DORA_LAYERS = (DoraLinear, DoraEmbedding, DoraConv1d, DoraConv2d, DoraConv3d)
 ALL_LINEAR = "all-linear"
 
 
@@ -16,10 +16,7 @@ def is_linear(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads this one's weight past its forward, so that a wrapper would be ignored.
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    # Named, not imported: transformers need not be there.
-    return isinstance(module, nn.Linear) or any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__
-    )
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def dora_class(module: nn.Module) -> type[nn.Module] | None:
@@ -37,9 +34,9 @@ def dora_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def dora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def dora_layers(model: nn.Module) -> dict[str, DoraBase]:
     """Every DoRA layer in `model` by its module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DORA_LAYERS)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, DoraBase)}
 
 
 def name_matches(name: str, patterns: str | Iterable[str]) -> bool:

@@ -252,6 +252,14 @@ def test_scaling_mismatch(net, tmp_path):
         load_adapter(inject(fresh, ["up"], r=2, alpha=16), tmp_path)
 
 
+def test_merged_layers_take_no_adapter(net, tmp_path):
+    fresh = copy.deepcopy(net)
+    save_adapter(inject(net, ["up"], r=2), tmp_path)
+    inject(fresh, ["up"], r=2).blocks[1]["up"].merge()
+    with pytest.raises(AdapterError, match=r"blocks\.1\.up is merged"):
+        load_adapter(fresh, tmp_path)
+
+
 def test_missing_and_unknown_keys_both_listed(net, tmp_path):
     fresh = copy.deepcopy(net)
     save_adapter(inject(net, ["up"], r=2), tmp_path)
