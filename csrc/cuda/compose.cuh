@@ -1,0 +1,27 @@
+// compose: the pass over a layer's output. Which kernel does it, and where the rest of the story is.
+//
+//   features last    fp16, bf16   compose_mma.cuh        channels_last convolutions are the same memory
+//                    fp32, fp64   compose_fma.cuh
+//   channels first   every dtype  compose_fma.cuh
+//   backward         compose_backward.cuh
+//   dm of features whose gain is too small to find u again from the output: compose_recover.cuh
+#pragma once
+
+#include "compose_fma.cuh"
+#include "compose_mma.cuh"
+
+namespace dora_ext {
+
+template <typename T>
+void launch_compose(const ComposeProblem<T>& p, bool channels_first, cudaStream_t stream) {
+  if (p.out == 0 || (channels_first ? p.batch * p.length : p.tokens) == 0) return;
+  if (channels_first) {
+    launch_compose_fma<true>(p, stream);
+  } else if constexpr (sizeof(T) == 2) {
+    launch_compose_mma(p, stream);
+  } else {
+    launch_compose_fma<false>(p, stream);
+  }
+}
+
+}  // namespace dora_ext

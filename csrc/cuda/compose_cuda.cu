@@ -1,0 +1,190 @@
+// compose, compose_, compose_backward and magnitude_grad_recover_ on CUDA. The kernels and how one is chosen: compose.cuh.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "compose.cuh"
+#include "compose_backward.cuh"
+#include "compose_recover.cuh"
+#include "launch.h"
+
+namespace dora_ext {
+namespace {
+
+// How the kernels see an output-shaped tensor: features last in memory, which channels_last tensors have too, or
+// channels first. Chosen by one tensor of a call; the others follow it.
+class Layout {
+ public:
+  Layout(const Tensor& t, bool channels_first)
+      : moved_(channels_first && t.movedim(1, -1).is_contiguous()), channels_first_(channels_first && !moved_) {
+    if (!channels_first_) return;
+    batch_ = t.size(0);
+    for (int64_t d = 2; d < t.dim(); ++d) length_ *= t.size(d);
+  }
+
+  bool channels_first() const { return channels_first_; }
+  int64_t batch() const { return batch_; }
+  int64_t length() const { return length_; }
+
+  // t's numbers in the order of the kernels; t itself, or a view of it, where they are in it already.
+  Tensor arrange(const Tensor& t) const { return (moved_ ? t.movedim(1, -1) : t).contiguous(); }
+
+  // The shape back, and the strides that at::empty_like(like) has.
+  Tensor restore(const Tensor& arranged, const Tensor& like) const {
+    const Tensor t = moved_ ? arranged.movedim(-1, 1) : arranged;
+    return moved_ || like.is_contiguous() ? t : at::empty_like(like).copy_(t);
+  }
+
+ private:
+  bool moved_, channels_first_;
+  int64_t batch_ = 1, length_ = 1;
+};
+
+FeatureVector optional_feature_vector(const OptionalTensor& t) {
+  return t ? feature_vector(*t) : FeatureVector{nullptr, Dtype::kFloat};
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
+
+// base and result arranged, of any shape; result may be base.
+void run_compose(const Layout& layout, const Tensor& base, const Tensor& result, const Tensor& h, const Tensor& lora_B,
+                 const Tensor& gain, const OptionalTensor& bias, double scaling, bool delta) {
+  const auto dtype = base.scalar_type();
+  const Tensor h_ = layout.arrange(h), B = lora_B.to(dtype).contiguous();
+  const Tensor g = gain.to(accumulate_type(dtype)).contiguous();
+  const OptionalTensor b = contiguous(bias);
+  const int64_t out = B.size(0);
+  switch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulate_t<T>;
+    ComposeProblem<T> p{};
+    p.base = data<T>(base);
+    p.result = mutable_data<T>(result);
+    p.h = data<T>(h_);
+    p.lora_B = data<T>(B);
+    p.gain = data<Acc>(g);
+    p.bias = optional_feature_vector(b);
+    p.tokens = out == 0 ? 0 : base.numel() / out;
+    p.batch = layout.batch();
+    p.length = layout.length();
+    p.out = out;
+    p.rank = static_cast<int>(B.size(1));
+    p.scaling = static_cast<Acc>(scaling);
+    p.gain_factor = 1;
+    p.delta = delta;
+    launch_compose(p, layout.channels_first(), current_stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+Tensor compose_cuda(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
+                    const OptionalTensor& bias, double scaling, bool delta, bool channels_first) {
+  check_compose(base, h, lora_B, gain, bias, scaling, channels_first);
+  const c10::cuda::CUDAGuard guard(base.device());
+  const Layout layout(base, channels_first);
+  const Tensor arranged = layout.arrange(base);
+  const Tensor result = at::empty_like(arranged);
+  run_compose(layout, arranged, result, h, lora_B, gain, bias, scaling, delta);
+  return layout.restore(result, base);
+}
+
+void compose_cuda_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
+                   double scaling, bool delta, bool channels_first) {
+  check_compose(base, h, lora_B, gain, bias, scaling, channels_first);
+  const c10::cuda::CUDAGuard guard(base.device());
+  const Layout layout(base, channels_first);
+  const Tensor arranged = layout.arrange(base);
+  run_compose(layout, arranged, arranged, h, lora_B, gain, bias, scaling, delta);
+  if (arranged.const_data_ptr() != base.const_data_ptr()) base.copy_(arranged);
+}
+
+std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, const Tensor& saved, const Tensor& norm,
+                                                         const Tensor& gain, const OptionalTensor& bias,
+                                                         bool saved_is_output, bool delta, bool channels_first) {
+  check_compose_backward(grad, saved, norm, gain, bias, channels_first);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const Layout layout(saved, channels_first);
+  const Tensor d = layout.arrange(grad), v = layout.arrange(saved), G = at::empty_like(v);
+  const auto accumulate = accumulate_type(grad.scalar_type());
+  const auto options = norm.options().dtype(accumulate);
+  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
+  const OptionalTensor b = contiguous(bias);
+  const int64_t out = norm.size(0);
+  const Tensor grad_magnitude = at::empty({out}, options), grad_bias = at::empty({out}, options);
+  const cudaStream_t stream = current_stream();
+  switch_dtype(grad.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulate_t<T>;
+    ComposeBackwardProblem<T> p{};
+    p.grad = data<T>(d);
+    p.saved = data<T>(v);
+    p.scaled = mutable_data<T>(G);
+    p.gain = data<Acc>(g);
+    p.gain_offset = delta ? -1 : 0;
+    p.bias = optional_feature_vector(b);
+    p.tokens = out == 0 ? 0 : d.numel() / out;
+    p.batch = layout.batch();
+    p.length = layout.length();
+    p.out = out;
+    const bool aligned = compose_backward_aligned(p, layout.channels_first());
+    const BackwardPlan plan = plan_compose_backward<T>(p.tokens, p.batch, p.length, out, layout.channels_first(),
+                                                       aligned, multiprocessors());
+    const Tensor partials = at::empty({plan.splits, 2, out}, options);
+    p.partials = mutable_data<Acc>(partials);
+    launch_compose_backward(p, plan, layout.channels_first(), aligned, stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_compose_backward_finish<Acc>(p.partials, plan.splits, out, data<Acc>(n), data<Acc>(g), saved_is_output,
+                                        /*factor=*/1, mutable_data<Acc>(grad_magnitude), mutable_data<Acc>(grad_bias),
+                                        stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {layout.restore(G, saved), grad_magnitude.to(norm.scalar_type()), grad_bias.to(norm.scalar_type())};
+}
+
+void magnitude_grad_recover_cuda_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
+                                  const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
+                                  double scaling, bool transposed) {
+  check_magnitude_grad_recover(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed);
+  const c10::cuda::CUDAGuard guard(grad_y.device());
+  const auto dtype = weight.scalar_type(), accumulate = accumulate_type(dtype);
+  // The gradient and the weight are read by their strides: in nearly every call they are not read at all.
+  const Tensor d = grad_y.to(dtype), x_ = x.contiguous(), h_ = h.contiguous(), B = lora_B.contiguous();
+  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
+  switch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulate_t<T>;
+    RecoverProblem<T> p{};
+    p.grad_magnitude = mutable_data<Acc>(grad_magnitude);
+    p.grad_magnitude_stride = grad_magnitude.stride(0);
+    p.grad = data<T>(d);
+    p.grad_token_stride = d.stride(0);
+    p.grad_feature_stride = d.stride(1);
+    p.x = data<T>(x_);
+    p.h = data<T>(h_);
+    p.weight = data<T>(weight);
+    p.weight_out_stride = weight.stride(transposed ? 1 : 0);
+    p.weight_in_stride = weight.stride(transposed ? 0 : 1);
+    p.lora_B = feature_vector(B);
+    p.norm = data<Acc>(n);
+    p.gain = data<Acc>(g);
+    p.tokens = d.size(0);
+    p.out = d.size(1);
+    p.in = x_.size(1);
+    p.rank = static_cast<int>(h_.size(1));
+    p.scaling = static_cast<Acc>(scaling);
+    launch_magnitude_grad_recover(p, multiprocessors(), current_stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
+  m.impl("compose", &compose_cuda);
+  m.impl("compose_", &compose_cuda_);
+  m.impl("compose_backward", &compose_backward_cuda);
+  m.impl("magnitude_grad_recover_", &magnitude_grad_recover_cuda_);
+}
+
+}  // namespace dora_ext

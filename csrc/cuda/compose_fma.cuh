@@ -1,0 +1,133 @@
+// compose on the CUDA cores: fp32 and fp64 with the features last, and every dtype with the channels first. A block of
+// 256 threads makes 64 rows x 16 TN columns, columns neighbours in memory; both factors pass through shared memory in
+// chunks of 16 ranks, widened to the accumulator.
+//
+//                     rows       columns                rank-one factor of rows   of columns
+//   features last     tokens     features               h (tokens, rank)          lora_B (out, rank)
+//   channels first    channels   positions of a sample  lora_B (out, rank)        h (rank, length) of the sample
+#pragma once
+
+#include "compose_common.cuh"
+
+namespace dora_ext {
+
+template <typename T>
+struct ComposeFmaTile {
+  static constexpr int kThreads = 256, kRanks = 16;
+  static constexpr int kTM = 4, kTN = sizeof(T) == 2 ? 8 : 4;  // a thread's rows and columns: 16 bytes and more
+  static constexpr int kRows = 16 * kTM, kColumns = 16 * kTN;
+  static constexpr int kRowPitch = kRows + 4;
+};
+
+// Aligned: base and result start on 16 bytes and their rows are whole numbers of TN elements. A thread then holds TN
+// neighbouring columns, otherwise every 16th.
+template <typename T, bool ChannelsFirst, bool Aligned>
+__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
+    compose_fma_kernel(ComposeProblem<T> p, int64_t row_tiles, int64_t column_tiles) {
+  using Tile = ComposeFmaTile<T>;
+  using Acc = accumulate_t<T>;
+  constexpr int TM = Tile::kTM, TN = Tile::kTN;
+  using Packed = Pack<T, Aligned ? TN : 1>;
+  __shared__ __align__(16) Acc row_factor[Tile::kRanks][Tile::kRowPitch];
+  __shared__ __align__(16) Acc column_factor[Tile::kRanks][Tile::kColumns];
+
+  const int64_t row0 = blockIdx.x / column_tiles % row_tiles * Tile::kRows;
+  const int64_t column0 = blockIdx.x % column_tiles * Tile::kColumns;
+  const int64_t sample = blockIdx.x / column_tiles / row_tiles;
+  const int64_t rows = ChannelsFirst ? p.out : p.tokens, columns = ChannelsFirst ? p.length : p.out;
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  const auto column = [&](int i) { return Aligned ? tx * TN + i : tx + 16 * i; };
+
+  // Under way while the products are formed.
+  T base[TM][TN];
+#pragma unroll
+  for (int m = 0; m < TM; ++m) {
+    const int64_t row = row0 + ty * TM + m;
+    const int64_t from = row >= rows ? -1 : p.rows == nullptr ? sample * rows + row : p.rows[row];
+#pragma unroll
+    for (int i = 0; i < TN; i += Aligned ? TN : 1) {
+      Packed pack;
+      if (from >= 0 && column0 + column(i) < columns) {
+        pack = *reinterpret_cast<const Packed*>(p.base + from * columns + column0 + column(i));
+      } else {
+#pragma unroll
+        for (T& v : pack.v) v = narrow<T>(nanf(""));
+      }
+#pragma unroll
+      for (int n = 0; n < (Aligned ? TN : 1); ++n) base[m][i + n] = pack.v[n];
+    }
+  }
+
+  const T* row_source = ChannelsFirst ? p.lora_B : p.h;
+  const T* column_source = ChannelsFirst ? p.h + sample * p.rank * p.length : p.lora_B;
+  Acc sums[TM][TN] = {};
+  for (int rank0 = 0; rank0 < p.rank; rank0 += Tile::kRanks) {
+    if (rank0 > 0) __syncthreads();
+    for (int e = threadIdx.x; e < Tile::kRows * Tile::kRanks; e += Tile::kThreads) {
+      const int row = e / Tile::kRanks, k = e % Tile::kRanks;
+      const bool valid = row0 + row < rows && rank0 + k < p.rank;
+      row_factor[k][row] = valid ? widen(row_source[(row0 + row) * p.rank + rank0 + k]) : Acc(0);
+    }
+    for (int e = threadIdx.x; e < Tile::kColumns * Tile::kRanks; e += Tile::kThreads) {
+      const int c = ChannelsFirst ? e % Tile::kColumns : e / Tile::kRanks;
+      const int k = ChannelsFirst ? e / Tile::kColumns : e % Tile::kRanks;
+      const bool valid = column0 + c < columns && rank0 + k < p.rank;
+      const int64_t at = ChannelsFirst ? (rank0 + k) * p.length + column0 + c : (column0 + c) * p.rank + rank0 + k;
+      column_factor[k][c] = valid ? widen(column_source[at]) : Acc(0);
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int k = 0; k < Tile::kRanks; ++k) {
+      Acc left[TM], right[TN];
+#pragma unroll
+      for (int m = 0; m < TM; ++m) left[m] = row_factor[k][ty * TM + m];
+#pragma unroll
+      for (int i = 0; i < TN; ++i) right[i] = column_factor[k][column(i)];
+#pragma unroll
+      for (int m = 0; m < TM; ++m) {
+#pragma unroll
+        for (int i = 0; i < TN; ++i) sums[m][i] = fma(left[m], right[i], sums[m][i]);
+      }
+    }
+  }
+
+  const auto gain_at = [&](int64_t f) { return f < p.out ? p.gain[f] * p.gain_factor : Acc(0); };
+  const auto bias_at = [&](int64_t f) { return f < p.out && p.bias.data ? p.bias.template at<Acc>(f) : Acc(0); };
+  Acc gain[ChannelsFirst ? 1 : TN], bias[ChannelsFirst ? 1 : TN];
+  if constexpr (!ChannelsFirst) {
+#pragma unroll
+    for (int i = 0; i < TN; ++i) gain[i] = gain_at(column0 + column(i)), bias[i] = bias_at(column0 + column(i));
+  }
+#pragma unroll
+  for (int m = 0; m < TM; ++m) {
+    const int64_t row = row0 + ty * TM + m;
+    if (row >= rows) break;
+    if constexpr (ChannelsFirst) gain[0] = gain_at(row), bias[0] = bias_at(row);
+#pragma unroll
+    for (int i = 0; i < TN; i += Aligned ? TN : 1) {
+      Packed pack;
+#pragma unroll
+      for (int n = 0; n < (Aligned ? TN : 1); ++n) {
+        const int f = ChannelsFirst ? 0 : i + n;
+        pack.v[n] = narrow<T>(
+            compose_value<Acc>(widen(base[m][i + n]), p.scaling * sums[m][i + n], gain[f], bias[f], p.delta));
+      }
+      if (column0 + column(i) < columns) {
+        *reinterpret_cast<Packed*>(p.result + (sample * rows + row) * columns + column0 + column(i)) = pack;
+      }
+    }
+  }
+}
+
+template <bool ChannelsFirst, typename T>
+void launch_compose_fma(const ComposeProblem<T>& p, cudaStream_t stream) {
+  using Tile = ComposeFmaTile<T>;
+  const int64_t rows = ChannelsFirst ? p.out : p.tokens, columns = ChannelsFirst ? p.length : p.out;
+  const bool aligned = columns % Tile::kTN == 0 && on_16_bytes(p.base) && on_16_bytes(p.result);
+  const auto kernel = aligned ? compose_fma_kernel<T, ChannelsFirst, true> : compose_fma_kernel<T, ChannelsFirst, false>;
+  const int64_t row_tiles = ceil_div<int64_t>(rows, Tile::kRows), column_tiles = ceil_div<int64_t>(columns, Tile::kColumns);
+  const int64_t blocks = row_tiles * column_tiles * (ChannelsFirst ? p.batch : 1);
+  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, 0, stream>>>(p, row_tiles, column_tiles);
+}
+
+}  // namespace dora_ext
