@@ -67,7 +67,7 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
   } else {
     const auto on_16_bytes = [](const T* v) { return reinterpret_cast<uintptr_t>(v) % 16 == 0; };
     const bool aligned =
-        p.in % 8 == 0 && (!Transposed || p.out % 8 == 0) && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
+        p.pitch_A % 8 == 0 && (Transposed ? p.out : p.in) % 8 == 0 && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
     // Rows of memory of at least 256 bytes a tile: 64 features of 128 columns, or turned around.
     constexpr int kM = Transposed ? 2 : 1, kN = Transposed ? 4 : 8;
     [[maybe_unused]] const bool planned = aligned

@@ -17,12 +17,12 @@ namespace dora_ext {
 
 template <typename T>
 struct NormProblem {
-  const T* weight;             // (out, in), or (in, out) when transposed
-  const T* lora_A;             // (rank, in)
-  const T* lora_B;             // (out, rank)
-  int64_t out, in;             //
-  int rank;                    //
-  accumulate_t<T> scaling;     //
+  const T* weight;  // (out, in), or (in, out) when transposed
+  const T* lora_A;  // (rank, in), rows pitch_A apart; zeros between in and pitch_A
+  const T* lora_B;  // (out, rank)
+  int64_t out, in, pitch_A;
+  int rank;
+  accumulate_t<T> scaling;
   accumulate_t<T>* partials;   // (splits, out)
   const int64_t* fingerprint;  // null, or what fingerprint_kernel left: not stale means there is nothing to compute
 };

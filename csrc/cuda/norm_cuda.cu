@@ -1,4 +1,5 @@
 // norm and norm_cached on CUDA. The kernels and how one is chosen: norm.cuh.
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -24,7 +25,10 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
   const bool view = !weight.is_contiguous() && weight.t().is_contiguous();
   if (view) transposed = !transposed;
   const Tensor w = view ? weight.t() : weight.contiguous();
-  const Tensor a = lora_A.to(w.scalar_type()).contiguous(), b = lora_B.to(w.scalar_type()).contiguous();
+  Tensor a = lora_A.to(w.scalar_type()).contiguous();
+  // A vocabulary of odd size puts A's rows off 16 bytes, and W's not: a copy of A keeps W on the fast path.
+  if (transposed && in % 8 != 0 && w.element_size() == 2) a = at::constant_pad_nd(a, {0, 8 - in % 8});
+  const Tensor b = lora_B.to(w.scalar_type()).contiguous();
   const Tensor m = magnitude.contiguous();
   const cudaStream_t stream = current_stream();
 
@@ -34,7 +38,7 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
     int64_t* marks = fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*fingerprint);
     Acc* stored = cached == nullptr ? nullptr : mutable_data<Acc>(*cached);
     NormProblem<T> problem{
-        data<T>(w), data<T>(a), data<T>(b), out, in, static_cast<int>(a.size(0)), static_cast<Acc>(scaling),
+        data<T>(w), data<T>(a), data<T>(b), out, in, a.size(1), static_cast<int>(a.size(0)), static_cast<Acc>(scaling),
         nullptr,    marks};
     const NormDevice device{multiprocessors(), shared_bytes_per_block()};
     const NormPlan<T> plan = transposed ? plan_norm<T, true>(problem, device) : plan_norm<T, false>(problem, device);

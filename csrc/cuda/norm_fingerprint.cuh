@@ -107,7 +107,7 @@ void launch_fingerprint(const NormProblem<T>& p, bool transposed, double scaling
   const int threads = 256;
   const int64_t blocks = std::clamp<int64_t>((work + threads - 1) / threads, 1, 4 * multiprocessors);
   fingerprint_kernel<T><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-      p.weight, rows, columns, p.lora_A, p.rank * p.in, p.lora_B, p.out * p.rank, scaling,
+      p.weight, rows, columns, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling,
       reinterpret_cast<unsigned long long*>(fingerprint));
 }
 

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(256) norm_fma_kernel(NormProblem<T> p, int64_t
         const int k = c / Tile::kColumns, column = c % Tile::kColumns;
         const bool valid = rank0 + k < p.rank && column0 + column < p.in;
         (Transposed ? long_chunk[k] : short_chunk[k])[column] =
-            valid ? p.lora_A[(rank0 + k) * p.in + column0 + column] : T(0);
+            valid ? p.lora_A[(rank0 + k) * p.pitch_A + column0 + column] : T(0);
       }
       for (int c = threadIdx.x; c < Tile::kChunk * Tile::kFeatures; c += Tile::kThreads) {
         const int f = c / Tile::kChunk, k = c % Tile::kChunk;

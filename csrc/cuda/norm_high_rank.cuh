@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_chunk(const NormProblem<T>& p, T* stage, in
 #pragma unroll
   for (int c = threadIdx.x; c < Tile::kChunk * kWidth; c += Tile::kThreads) {
     const int k = c / kWidth, column = c % kWidth * 8, rank = chunk * Tile::kChunk + k;
-    stage8<Aligned>(stage + k * Tile::kPitch + column, p.lora_A, p.lora_A + rank * p.in, rank < p.rank,
-                    column0 + column, p.in);
+    stage8<Aligned>(stage + k * Tile::kPitch + column, p.lora_A, p.lora_A + rank * p.pitch_A, rank < p.rank,
+                    column0 + column, p.pitch_A);
   }
   if constexpr (!Resident) {
     load_lora_B<Aligned>(p, stage + Tile::kSizeA, Tile::kPitchChunk, feature0, Tile::kFeatures, chunk * Tile::kChunk,

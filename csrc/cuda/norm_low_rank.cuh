@@ -24,6 +24,7 @@ struct LowRankTile {
   static constexpr int kPitchA = kColumns + 8;
   static constexpr int kPitchB = kRank + 8;
   static constexpr int kPitchW = (Transposed ? kFeatures : kColumns) + 8;
+  static constexpr int kUnroll = KT == 4 ? 2 : 4;  // of W's copies: rank 64 has no registers to spare for addresses
   static constexpr int kSizeA = kRank * kPitchA;
   static constexpr int kStage = kSizeA + (Transposed ? kColumns : kFeatures) * kPitchW;
   static constexpr int kSharedBytes = kStages * kStage * 2;
@@ -39,11 +40,12 @@ __device__ __forceinline__ void load_low_rank_stage(const NormProblem<T>& p, T* 
 #pragma unroll
   for (int c = threadIdx.x; c < Tile::kRank * kChunksA; c += Tile::kThreads) {
     const int k = c / kChunksA, column = c % kChunksA * 8;
-    stage8<true>(stage + k * Tile::kPitchA + column, p.lora_A, p.lora_A + k * p.in, k < p.rank, column0 + column, p.in);
+    stage8<true>(stage + k * Tile::kPitchA + column, p.lora_A, p.lora_A + k * p.pitch_A, k < p.rank, column0 + column,
+                 p.pitch_A);
   }
   T* tile = stage + Tile::kSizeA;
   constexpr int kChunksW = (Transposed ? Tile::kFeatures : Tile::kColumns) / 8;
-#pragma unroll 2
+#pragma unroll Tile::kUnroll
   for (int c = threadIdx.x; c < Tile::kFeatures * Tile::kColumns / 8; c += Tile::kThreads) {
     const int row = c / kChunksW, offset = c % kChunksW * 8;
     const int64_t row0 = Transposed ? column0 : feature0, offset0 = Transposed ? feature0 : column0;
