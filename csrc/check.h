@@ -232,8 +232,10 @@ inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int
                     ": nested_code: expected 256 float32 values with nested_absmax");
   check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
   check_device(op, "nested_code", *nested_code, "packed", packed);
-  TORCH_CHECK_VALUE(!offset || (offset->is_floating_point() && offset->numel() == 1), op,
-                    ": offset: expected one float32 value");
+  if (!offset) return;
+  TORCH_CHECK_VALUE(offset->scalar_type() == at::kFloat && offset->numel() == 1, op,
+                    ": offset: expected one float32 value, got ", offset->numel(), " of ", offset->scalar_type());
+  check_device(op, "offset", *offset, "packed", packed);
 }
 
 inline void check_quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t blocksize) {

@@ -1,5 +1,5 @@
-// bitsandbytes' NF4: the sixteen values, the thresholds between them, and the order of the two codes in a byte. For host
-// code; nf4.cuh makes device copies of the tables.
+// bitsandbytes' NF4: the sixteen values, the thresholds between them, and the order of the two codes in a byte. The
+// tables are for host code; nf4.cuh makes copies of them on the device.
 //
 // Of two neighbouring weights the first has its code in the high nibble, the second in the low one. A block of
 // `blocksize` consecutive weights (row-major, over the ends of rows) shares one scale, its largest absolute value.

@@ -66,7 +66,8 @@ TORCH_LIBRARY(dora_ext, m) {
   // of them, a power of two), plus offset, one fp32 number. All in one launch. offset is a tensor, as bitsandbytes has
   // it: reading it back would wait for the device, and a number would be frozen into compiled graphs.
   m.def("dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
-        " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256) -> Tensor");
+        " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256)"
+        " -> Tensor");
   // bitsandbytes' blockwise 8-bit quantisation, for nesting: absmax fp32 (blocks,), its mean already taken off; code
   // fp32 (256,), ascending.
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");

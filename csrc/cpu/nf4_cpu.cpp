@@ -18,7 +18,9 @@ namespace {
 constexpr int64_t kMaxBlock = 4096;
 constexpr int64_t kGrain = 1 << 15;  // weights per task
 
-int64_t blocks_of(int64_t numel, int64_t blocksize) { return (numel + blocksize - 1) / blocksize; }
+int64_t blocks_of(int64_t numel, int64_t blocksize) {
+  return (numel + blocksize - 1) / blocksize;
+}
 
 template <typename F>
 void for_blocks(int64_t blocks, int64_t blocksize, const F& f) {
@@ -56,7 +58,8 @@ void quantize_block(const T* x, int64_t count, bool whole, uint8_t* packed, floa
   for (int64_t i = 0; i < count; ++i) v[i] = static_cast<float>(x[i]);
   const float most = largest(v, count);
   const float divisor = most < 1e-38f ? 1e-38f : most;
-  // bitsandbytes multiplies by the reciprocal in whole blocks; in a last, shorter one it divides, and keeps the divisor.
+  // bitsandbytes multiplies by the reciprocal in whole blocks; in a last, shorter one it divides, and stores the
+  // divisor.
   *absmax = whole ? most : divisor;
   const float reciprocal = 1.0f / divisor;
   for (int64_t i = 0; i < count; ++i) v[i] = whole ? v[i] * reciprocal : v[i] / divisor;
@@ -144,7 +147,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocks
                       at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
                       const OptionalTensor& offset, int64_t nested_blocksize) {
   check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
-  const auto contiguous = [](const OptionalTensor& t) { return t ? t->to(at::kCPU, at::kFloat).contiguous() : Tensor(); };
+  const auto contiguous = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
   const Tensor packed_ = packed.contiguous(), absmax_ = absmax.contiguous();
   const Tensor nested = contiguous(nested_absmax), code = contiguous(nested_code), offset_ = contiguous(offset);
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };

@@ -52,7 +52,9 @@ __device__ __forceinline__ void store16(T* out, const float (&v)[8]) {
 }
 
 // Where the codes of weights 2i and 2i + 1 lie in a word that was loaded from byte i on: weight k at bit 4 (k ^ 1).
-__host__ __device__ constexpr int code_bit(int k) { return 4 * (k ^ 1); }
+__host__ __device__ constexpr int code_bit(int k) {
+  return 4 * (k ^ 1);
+}
 
 // offset: what nested_offset returned; loaded once per thread.
 template <bool Nested>
@@ -153,7 +155,7 @@ void launch_dequantize_nf4(const uint8_t* packed, const Nf4Scales& scales, int64
   if (blocks == 0) return;
   const auto kernel = scales.nested_absmax ? dequantize_nf4_kernel<T, true> : dequantize_nf4_kernel<T, false>;
   kernel<<<static_cast<unsigned>(blocks), kDequantizeThreads, 0, stream>>>(packed, scales, shift_of(blocksize), numel,
-                                                                          out);
+                                                                           out);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -173,8 +175,9 @@ struct alignas(16) QuantizeVector {
 // x: (numel,), 16-byte aligned; packed: (ceil(numel / 2),); absmax: (ceil(numel / blocksize),).
 template <typename T>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_nf4_kernel(const T* __restrict__ x, int blocksize, int64_t numel, uint8_t* __restrict__ packed,
+    quantize_nf4_kernel(const T* __restrict__ x, int block_shift, int64_t numel, uint8_t* __restrict__ packed,
                         float* __restrict__ absmax) {
+  const int blocksize = 1 << block_shift;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int64_t start = (static_cast<int64_t>(blockIdx.x) * kQuantizeThreads + thread) * kQuantizePerThread;
   const bool whole = start + kQuantizePerThread <= numel;
@@ -204,9 +207,10 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     __shared__ float of_warp[kQuantizeThreads / 32];
     if (lane == 0) of_warp[warp] = most;
     __syncthreads();
-    for (int w = warp / warps * warps, i = 0; i < warps; ++i) most = of_warp[w + i] > most ? of_warp[w + i] : most;
+    const float* others = of_warp + (warp & ~(warps - 1));
+    for (int i = 0; i < warps; ++i) most = others[i] > most ? others[i] : most;
   }
-  if (start % blocksize == 0 && start < numel) absmax[start / blocksize] = most;
+  if ((start & (blocksize - 1)) == 0 && start < numel) absmax[start >> block_shift] = most;
 
   // A block of zeros has an infinite reciprocal, NaN below, and code 0 (which times absmax 0 is again zero).
   const float reciprocal = reciprocal_ftz(most);
@@ -232,8 +236,8 @@ void launch_quantize_nf4(const T* x, int64_t blocksize, int64_t numel, uint8_t* 
   constexpr int64_t kPerBlock = kQuantizeThreads * kQuantizePerThread;
   const int64_t blocks = (numel + kPerBlock - 1) / kPerBlock;
   if (blocks == 0) return;
-  quantize_nf4_kernel<T><<<static_cast<unsigned>(blocks), kQuantizeThreads, 0, stream>>>(
-      x, static_cast<int>(blocksize), numel, packed, absmax);
+  quantize_nf4_kernel<T>
+      <<<static_cast<unsigned>(blocks), kQuantizeThreads, 0, stream>>>(x, shift_of(blocksize), numel, packed, absmax);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ inline void launch_quantize_absmax(const float* absmax, const float* code, int64
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
   if (blocks == 0) return;
   quantize_absmax_kernel<<<static_cast<unsigned>(blocks), kAbsmaxThreads, 0, stream>>>(absmax, code, blocksize, numel,
-                                                                                      codes, nested_absmax);
+                                                                                       codes, nested_absmax);
 }
 
 }  // namespace dora_ext

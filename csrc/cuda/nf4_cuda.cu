@@ -55,13 +55,10 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocks
                       const OptionalTensor& offset, int64_t nested_blocksize) {
   check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
   const c10::cuda::CUDAGuard guard(packed.device());
-  // No copies, unless the caller gave the offset as a number or views that the kernel can't read.
-  const auto floats = [&](const OptionalTensor& t) {
-    return t ? t->to(packed.device(), at::kFloat).contiguous() : Tensor();
-  };
+  const auto contiguous = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
   const auto pointer = [](const Tensor& t) { return t.defined() ? data<float>(t) : nullptr; };
   const Tensor packed_ = aligned(packed, 4), absmax_ = absmax.contiguous();
-  const Tensor nested = floats(nested_absmax), code = floats(nested_code), offset_ = floats(offset);
+  const Tensor nested = contiguous(nested_absmax), code = contiguous(nested_code), offset_ = contiguous(offset);
   const Nf4Scales scales{absmax_.const_data_ptr(), pointer(nested), pointer(code), pointer(offset_),
                          shift_of(nested_blocksize)};
   Tensor out = at::empty(shape, packed_.options().dtype(dtype));

@@ -10,9 +10,24 @@ from ._registry import fake
 
 # The sixteen values, as csrc/nf4.h has them.
 CODEBOOK = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
     dtype=torch.float32,
 )
 NESTED_BLOCKSIZE = 256
@@ -160,7 +175,7 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"from_bitsandbytes: weight: expected a tensor or a Linear4bit, got {type(weight).__name__}")
     state = getattr(weight, "quant_state", None) if quant_state is None else quant_state
-    _require(state is not None, "weight: it has no quant_state; bitsandbytes quantises when a layer is moved to a device")
+    _require(state is not None, "weight: it has no quant_state; bitsandbytes quantises when a layer moves to a device")
     _require(state.quant_type == "nf4", f"quant_state: expected quant_type nf4, got {state.quant_type}")
     _require(
         not getattr(state, "packing_format_for_cpu", False),
@@ -200,7 +215,8 @@ def _require(condition: bool, message: str) -> None:
 def _vector(name: str, t: Any, device: torch.device, size: int | None = None) -> Tensor:
     """t as float32 (size,) on `device`. bitsandbytes widens scales of narrower dtypes in the same way."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"from_bitsandbytes: {name}: expected a float tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"from_bitsandbytes: {name}: expected a float tensor, got {got}")
     _require(t.device == device, f"{name}: expected it on {device} like weight, got {t.device}")
     _require(size in (None, t.numel()), f"{name}: expected {size} values, got {t.numel()}")
     return t.detach().reshape(-1).float()
@@ -224,7 +240,8 @@ def _check_sizes(q: NF4Tensor) -> None:
         isinstance(blocksize, int) and 32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0,
         f"quant_state.blocksize: expected a power of two from 32 to 4096, got {blocksize}",
     )
-    _require(q.absmax.device == q.packed.device, f"quant_state.absmax: expected it on {q.packed.device}, got {q.absmax.device}")
+    device = q.packed.device
+    _require(q.absmax.device == device, f"quant_state.absmax: expected it on {device}, got {q.absmax.device}")
     shape, size = tuple(q.shape), q.packed.numel()
     _require(size == (numel + 1) // 2, f"weight: expected {(numel + 1) // 2} bytes for shape {shape}, got {size}")
     blocks = -(-numel // blocksize)
@@ -236,5 +253,5 @@ def _check_sizes(q: NF4Tensor) -> None:
             isinstance(inner, int) and inner > 0 and inner & (inner - 1) == 0,
             f"quant_state.state2.blocksize: expected a power of two, got {inner}",
         )
-        size = q.nested_absmax.numel()
-        _require(size == -(-blocks // inner), f"quant_state.state2.absmax: expected {-(-blocks // inner)} values, got {size}")
+        size, nested = q.nested_absmax.numel(), -(-blocks // inner)
+        _require(size == nested, f"quant_state.state2.absmax: expected {nested} values, got {size}")
