@@ -2,8 +2,26 @@
 
 from dora_ext import _load
 from dora_ext._load import load
+from dora_ext.nn import (
+    DoraConv1d,
+    DoraConv1dLayer,
+    DoraConv2d,
+    DoraConv2dLayer,
+    DoraConv3d,
+    DoraConv3dLayer,
+    DoraEmbedding,
+    DoraEmbeddingLayer,
+    DoraLinear,
+    DoraLinearLayer,
+)
+from dora_ext.norm_cache import invalidate_norms
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = [
+    "load",
+    "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
+    "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
+    "invalidate_norms",
+]  # fmt: skip
 
 _load.load_prebuilt()  # never compiles; without prebuilt kernels every op asks for dora_ext.load()
