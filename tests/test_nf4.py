@@ -205,6 +205,18 @@ def test_compiles_whole(device, double_quant):
     torch.testing.assert_close(compiled[1], expected[1], rtol=0 if not double_quant else 2e-2, atol=0)
 
 
+def test_reading_a_state_compiles_whole(device):
+    q = quantize_nf4(torch.randn(32, 64, device=device), double_quant=True)
+    state = state_of(q)
+
+    def product(x):
+        return x @ dequantize_nf4(from_bitsandbytes(q.packed[:, None], state)).t()
+
+    x = torch.randn(3, 64, device=device)
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), product(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(device, dtype):
     ops = torch.ops.dora_ext

@@ -160,8 +160,8 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
             transposed (1, n): the shape is the state's, (out, in).
         quant_state: its QuantState, by default the one that `weight` carries.
 
-    The first call for a weight compares its code table with NF4's, which waits for the device: call it outside
-    compiled functions and graph capture, and keep the result while the weight's data stays where it is.
+    The first call for a weight compares its code table with NF4's, which waits for the device: make it before graph
+    capture. While torch.compile traces, the table is taken on trust.
 
     Raises:
         ValueError: not quantised yet, another data type than NF4 (FP4, another code table), sizes that do not fit,
@@ -185,7 +185,7 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     if state.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"from_bitsandbytes: quant_state.dtype: expected a float dtype, got {state.dtype}")
 
-    packed = weight.detach().as_subclass(Tensor).reshape(-1)
+    packed = weight.detach().reshape(-1)
     packed = packed if packed.dtype == torch.uint8 else packed.contiguous().view(torch.uint8)
     _require(packed.device.type != "meta", "weight: it is on meta and has no data")
     _check_table(state.code, packed.device)
@@ -226,6 +226,8 @@ _checked_tables = WeakTensorKeyDictionary()  # code table -> its version when it
 
 
 def _check_table(code: Any, device: torch.device) -> None:
+    if torch.compiler.is_compiling():
+        return
     if isinstance(code, Tensor) and _checked_tables.get(code) == code._version:
         return
     values = _vector("quant_state.code", code, device, 16)
