@@ -34,7 +34,8 @@ bool stored_features_last(const Tensor& t, bool channels_first) {
   return channels_first && t.dim() > 2 && !t.is_contiguous() && t.movedim(1, -1).is_contiguous();
 }
 
-// y = mul * base + add + C M, with C M = g * s h B^T; y and base contiguous, may be the same.
+}  // namespace
+
 void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
                   const OptionalTensor& bias, double scaling, bool delta, bool channels_first) {
   const auto acc = accumulate_type(base.scalar_type());
@@ -77,6 +78,8 @@ void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Te
     });
   });
 }
+
+namespace {
 
 Tensor compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
                const OptionalTensor& bias, double scaling, bool delta, bool channels_first) {

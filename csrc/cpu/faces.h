@@ -67,4 +67,8 @@ void for_column_sums(const A* partial, int64_t rows, int64_t columns, F f) {
   });
 }
 
+// compose, from base into y (contiguous, may be the same); h and lora_B may be of a wider dtype than base.
+void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
+                  const OptionalTensor& bias, double scaling, bool delta, bool channels_first);
+
 }  // namespace dora_ext::cpu

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "faces.h"
+#include "fingerprint.h"
 
 namespace dora_ext::cpu {
 namespace {
@@ -42,12 +43,15 @@ void norm_by_column(const Tensor& stored, const Tensor& A, const Tensor& B, doub
   const int64_t blocks = divide_up(in, rows);
   const Tensor panels = pack<T>(B.t(), scaling), partial = at::zeros({blocks, out}, n.options());
   const T* w = data<T>(stored);
+  const Acc* a = data<Acc>(A);
   at::parallel_for(0, blocks, grain(rows * out), [&](int64_t begin, int64_t end) {
+    std::vector<Acc> coefficients(rows * r);  // of a block, row by row: A's own rows are `in` apart
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * rows;
-      const LowRank<Acc> low{data<Acc>(A) + row * A.stride(1), A.stride(1), A.stride(0), r, data<Acc>(panels)};
-      kernels<T>().square_columns(data<Acc>(partial) + block * out, w + row * ld, ld, std::min(rows, in - row), out,
-                                  low);
+      const int64_t row = block * rows, count = std::min(rows, in - row);
+      for (int64_t k = 0; k < r; ++k)
+        for (int64_t i = 0; i < count; ++i) coefficients[i * r + k] = a[k * A.stride(0) + (row + i) * A.stride(1)];
+      const LowRank<Acc> low{coefficients.data(), r, 1, r, data<Acc>(panels)};
+      kernels<T>().square_columns(data<Acc>(partial) + block * out, w + row * ld, ld, count, out, low);
     }
   });
   Acc* np = data<Acc>(n);
@@ -92,8 +96,18 @@ std::tuple<Tensor, Tensor> norm_cached(const Tensor& weight, const Tensor& lora_
                                        const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
                                        Tensor& fingerprint) {
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
-  norm_into(cached, weight, lora_A, lora_B, scaling, transposed);
-  ++data<int64_t>(fingerprint)[3];
+  Fingerprint now;
+  const double settings[] = {scaling, static_cast<double>(transposed), static_cast<double>(weight.size(0))};
+  now.add_bytes(settings, sizeof(settings));
+  now.add(lora_A);
+  now.add(lora_B);
+  now.add_sample(weight);
+  int64_t* stored = data<int64_t>(fingerprint);
+  if (stored[0] != now.value()) {
+    norm_into(cached, weight, lora_A, lora_B, scaling, transposed);
+    stored[0] = now.value();
+    ++stored[3];
+  }
   const Tensor n = cached.clone();
   return {n, gain_of(magnitude, n)};
 }
