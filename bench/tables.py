@@ -33,11 +33,16 @@ def section(key: str, stem: str, results: Path = RESULTS) -> str:
 
 def gpu_status(report: Path = GPU_REPORT) -> str:
     """One line on the run of the GPU tests that travels with the code."""
-    facts = json.loads(report.read_text()) if report.exists() else {"untested": "they have not run on a GPU yet"}
+    facts = json.loads(report.read_text()) if report.exists() else {"untested": "not run on a GPU yet"}
     if "untested" in facts:
-        return f"GPU tests: untested: {facts['untested']}.\n"
-    counts = ", ".join(f"{count} {what}" for what, count in facts["counts"].items())
-    return f"GPU tests: {counts} on {facts['device']} ({facts['date']}).\n"
+        return f"GPU status: untested: {facts['untested']}\n"
+    tests = facts["pytest"]
+    tools = ", ".join(f"{tool} {result['errors']}" for tool, result in facts["sanitizer"].items())
+    return (
+        f"GPU status: {tests['passed']} tests passed ({tests['passed_cuda']} of them on the GPU), "
+        f"{tests['failed']} failed; compute-sanitizer errors: {tools}. {facts['device']}, torch {facts['torch']}, {facts['date']} "
+        "([report](tests/gpu_report.json)).\n"
+    )
 
 
 def render(page: str, results: Path = RESULTS, report: Path = GPU_REPORT) -> str:

@@ -2,6 +2,8 @@
 
 from dora_ext import _load
 from dora_ext._load import load
+from dora_ext.adapter import load_adapter, save_adapter
+from dora_ext.injection import inject
 from dora_ext.nn import (
     DoraConv1d,
     DoraConv1dLayer,
@@ -21,6 +23,7 @@ __all__ = [
     "load",
     "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
+    "inject", "save_adapter", "load_adapter",
     "invalidate_norms",
 ]  # fmt: skip
 

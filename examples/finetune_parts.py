@@ -96,23 +96,22 @@ class OurDora:
 
     def wrap(self, model: nn.Module, r: int, alpha: float) -> nn.Module:
         import dora_ext
-        from dora_ext.inject import inject
 
         dora_ext.load()  # builds the kernels where the installation has none
-        return inject(model, r=r, alpha=alpha)
+        return dora_ext.inject(model, r=r, alpha=alpha)
 
     def save(self, model: nn.Module, folder: Path, base_name: str) -> None:
-        from dora_ext.adapter import save_adapter
+        from dora_ext import save_adapter
 
         save_adapter(model, folder, base_model_name=base_name, task_type="CAUSAL_LM")
 
     def load(self, fresh: nn.Module, folder: Path) -> nn.Module:
-        from dora_ext.adapter import load_adapter
+        from dora_ext import load_adapter
 
         return load_adapter(fresh, folder)
 
     def merge(self, model: nn.Module) -> nn.Module:
-        from dora_ext.inject import dora_layers
+        from dora_ext.injection import dora_layers
 
         for layer in dora_layers(model).values():
             layer.merge()

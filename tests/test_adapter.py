@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dora_ext.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, adapter_parameters, load_adapter, save_adapter
-from dora_ext.inject import dora_layers, inject, target_names
+from dora_ext.injection import dora_layers, inject, target_names
 
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -358,7 +358,7 @@ def test_full_disk_leaves_old_files(net, tmp_path):
         import resource, torch
         from torch import nn
         from dora_ext.adapter import save_adapter
-        from dora_ext.inject import inject
+        from dora_ext.injection import inject
         model = inject(nn.Sequential(nn.Linear(512, 512)), r=64)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:

@@ -84,3 +84,15 @@ def test_cpu_peak_counts_what_is_held():
         return b + 1
 
     assert measure.cpu_peak_mib(step, lambda: None) == pytest.approx(8, rel=0.01)
+
+
+def test_gpu_status_is_one_line_of_the_report(tmp_path):
+    report = tmp_path / "gpu_report.json"
+    assert tables.gpu_status(report) == "GPU status: untested: not run on a GPU yet\n"
+    report.write_text(json.dumps({"untested": "no machine could be had"}))
+    assert tables.gpu_status(report) == "GPU status: untested: no machine could be had\n"
+    facts = {"device": "NVIDIA H100", "torch": "2.11.0", "date": "2026-01-01"}
+    suite = {"passed": 9, "passed_cuda": 4, "failed": 0}
+    report.write_text(json.dumps(facts | {"pytest": suite, "sanitizer": {"memcheck": {"errors": 0}}}))
+    line = tables.gpu_status(report)
+    assert "9 tests passed (4 of them on the GPU), 0 failed" in line and "memcheck 0" in line

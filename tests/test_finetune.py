@@ -14,7 +14,7 @@ import torch
 
 import dora_ext
 from dora_ext.adapter import load_adapter
-from dora_ext.inject import dora_layers
+from dora_ext.injection import dora_layers
 from dora_ext.testing import DEVICES
 
 pytest.importorskip("transformers")
