@@ -92,7 +92,9 @@ def make_layer(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     return train_a_little(dora_class(base).from_base(base, **{"r": 4, "alpha": 6, **options}))
 
 
-def peft_layer(base: nn.Module, r: int = 4, alpha: float = 6, dropout: float = 0.0, use_rslora: bool = False, **options):
+def peft_layer(
+    base: nn.Module, r: int = 4, alpha: float = 6, dropout: float = 0.0, use_rslora: bool = False, **options
+):
     """PEFT's own DoRA layer around a copy of `base`, in mid-training."""
     from peft import LoraConfig, get_peft_model
 
@@ -102,7 +104,7 @@ def peft_layer(base: nn.Module, r: int = 4, alpha: float = 6, dropout: float = 0
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(nn.Sequential(OrderedDict(layer=copy.deepcopy(base))), config, **options)
+        model = get_peft_model(nn.Sequential(OrderedDict(layer=copy.deepcopy(base))), config)
     return train_a_little(model.base_model.model.layer)
 
 

@@ -73,7 +73,10 @@ def test_update_layer(name):
             for layer in (theirs, with_our_layer(theirs)):
                 dora = layer.lora_magnitude_vector["default"]
                 dora.update_layer(
-                    base_layer=theirs.base_layer, lora_A=A.data.to(lora_dtype), lora_B=B.data.to(lora_dtype), scaling=1.5
+                    base_layer=theirs.base_layer,
+                    lora_A=A.data.to(lora_dtype),
+                    lora_B=B.data.to(lora_dtype),
+                    scaling=1.5,
                 )
                 magnitudes.append(dora.weight)
             assert magnitudes[1].dtype == magnitudes[0].dtype and magnitudes[1].shape == magnitudes[0].shape
@@ -262,11 +265,16 @@ def test_meta_device_and_place_on_cpu():
     assert layer.weight.device.type == "cpu"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.4}], ids=str)
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
-def test_compiled(name):
+def test_compiled(name, options):
+    """PEFT's layer with ours inside, in one graph."""
     torch._dynamo.reset()
-    ours, x = with_our_layer(peft_layer(make_base(name))), make_input(name)
+    ours, x = with_our_layer(peft_layer(make_base(name), **options)), make_input(name)
     expected = run(ours, x)
-    ours.compile()
-    assert_same(run(ours, x), expected, 1e-5)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    results = {k.removeprefix("_orig_mod."): v for k, v in run(compiled, x).items()}
+    if not options:
+        assert_same(results, expected, 1e-5)
+    ours.eval()
+    assert_close(compiled(x), ours(x), 1e-5)

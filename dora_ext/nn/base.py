@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..norm_cache import NormCache
 from ..ops import norm_and_gain
 from ..ops._registry import accumulate_dtype
-from .base_weight import FLOAT_DTYPES, dense_weight, gathered
+from .base_weight import FLOAT_DTYPES, dense_weight, gathered, whole
 
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
 
@@ -139,7 +139,11 @@ class DoraBase(nn.Module):
     def weight_norm(self) -> Tensor:
         """n (out,) = |W + s B A| per output feature, detached; float64 for a float64 weight, otherwise float32."""
         with gathered(self):
-            return self._norm_and_gain(self._dense_weight())[0]
+            return norm_and_gain(*self._tensors(), scaling=self.scaling, transposed=self.transposed)[0]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """W (dense), A, B, m: all of them, wherever FSDP2 keeps their parts."""
+        return tuple(whole(t) for t in (self._dense_weight(), *self._factors(), self.magnitude))
 
     def _dense_weight(self) -> Tensor:
         return dense_weight(self.base_layer) if self.quantised else self.base_layer.weight
@@ -172,12 +176,11 @@ class DoraBase(nn.Module):
     @torch.no_grad()
     def _merged(self) -> Tensor:
         """g * (W + s B A) in W's layout and dtype."""
-        with gathered(self):
-            weight = self._dense_weight()
-            gain = self._norm_and_gain(weight)[1]
+        with gathered(self), torch.autocast(self.magnitude.device.type, enabled=False):
+            weight, lora_A, lora_B, magnitude = self._tensors()
+            gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=self.scaling, transposed=self.transposed)[1]
             dtype = accumulate_dtype(weight.dtype)
-            lora_A, lora_B = (t.to(dtype) for t in self._factors())
-            return self._effective_weight(weight.to(dtype), lora_A, lora_B, gain).to(weight.dtype)
+            return self._effective_weight(*(t.to(dtype) for t in (weight, lora_A, lora_B)), gain).to(weight.dtype)
 
     def to_base(self) -> nn.Module:
         """A plain layer of the base layer's type with the adapter folded into its weight; it shares no memory with this

@@ -49,3 +49,8 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a DTensor, which FSDP2 leaves on each rank in part; any other tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t

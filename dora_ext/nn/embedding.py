@@ -83,16 +83,18 @@ class DoraEmbedding(DoraBase):
     def forward(self, ids: Tensor) -> Tensor:
         """ids of any shape, int32 or int64 -> (*ids.shape, dim) in W's dtype. IndexError: an id out of range."""
         base = self.base_layer
+        # A scale that lives on the device is multiplied with there: reading it would wait for the device.
         scale = getattr(base, "embed_scale", 1.0)
+        fused = 1.0 if isinstance(scale, Tensor) else scale
         if self.merged:
             y = F.embedding(ids, self.merged_weight, base.padding_idx, base.max_norm, base.norm_type)
-            return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
-        # max_norm changes W, so that the norm can be taken only after it has.
-        norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(base.weight)
-        y = dora_embedding(
-            ids, base.weight, *self._factors(), self.magnitude, scaling=self.scaling, padding_idx=base.padding_idx,
-            max_norm=base.max_norm, norm_type=base.norm_type, scale_grad_by_freq=base.scale_grad_by_freq,
-            embed_scale=1.0 if isinstance(scale, Tensor) else scale, norm=norm, gain=gain,
-        )  # fmt: skip
-        # A scale that lives on the device is multiplied with there: reading it would wait for the device.
+            y = y if fused == 1.0 else y * fused
+        else:
+            # max_norm changes W, so that the norm can be taken only after it has.
+            norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(base.weight)
+            y = dora_embedding(
+                ids, base.weight, *self._factors(), self.magnitude, scaling=self.scaling, padding_idx=base.padding_idx,
+                max_norm=base.max_norm, norm_type=base.norm_type, scale_grad_by_freq=base.scale_grad_by_freq,
+                embed_scale=fused, norm=norm, gain=gain,
+            )  # fmt: skip
         return y * scale.to(y.dtype) if isinstance(scale, Tensor) else y
