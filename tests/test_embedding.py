@@ -85,7 +85,7 @@ def test_scale_grad_by_freq_divides_by_the_count(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_max_norm_scales_looked_up_rows_in_place(device):
     t = inputs(9, 5, 2, torch.float64, device)
-    weight, lora_A = t["weight"].clone(), t["lora_A"].detach().T.clone()
+    weight, lora_A = t["weight"].clone(), t["lora_A"].detach().T.contiguous().clone()
     ids = torch.tensor([1, 8, 1], device=device)
     dora_embedding(ids, **t, scaling=0.5, max_norm=0.8)
     F.embedding(ids, weight, max_norm=0.8)

@@ -40,7 +40,10 @@ class _DoraLinear(torch.autograd.Function):
         # The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it. It comes last:
         # whoever overwrites it in place (ReLU(inplace=True)) makes that one unreadable, and only that one.
         saved_y = y if needs[4] else None
-        ctx.save_for_backward(x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, saved_y)
+        inputs = (x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain)
+        ctx.save_for_backward(*inputs, saved_y)
+        if not torch.compiler.is_compiling():
+            ctx.versions = [None if t is None else t._version for t in inputs]
         return y
 
     @staticmethod
@@ -62,8 +65,11 @@ def _saved_tensors(ctx) -> tuple:
     try:
         return ctx.saved_tensors
     except RuntimeError:
-        # An input overwritten in place raises here again, with autograd's own message.
-        return (*(None if t is None else t.unpack() for t in ctx._raw_saved_tensors[:-1]), None)
+        *inputs, _ = ctx._raw_saved_tensors
+        values = [None if t is None else t.data if t.unpack_hook is None else t.unpack_hook(t.data) for t in inputs]
+        if any(t is not None and t._version != v for t, v in zip(values, ctx.versions, strict=True)):
+            raise  # an input was overwritten, which nothing can make good
+        return (*values, None)
 
 
 def dora_linear(
