@@ -68,6 +68,7 @@ template <bool Aligned, typename T>
 __device__ __forceinline__ void load_lora_B(const NormProblem<T>& p, T* dst, int pitch, int64_t feature0, int features,
                                             int rank0, int width) {
   const bool aligned = Aligned && p.rank % 8 == 0 && reinterpret_cast<uintptr_t>(p.lora_B) % 16 == 0;
+#pragma unroll 1
   for (int c = threadIdx.x; c < features * (width / 8); c += blockDim.x) {
     const int f = c / (width / 8), k = c % (width / 8) * 8;
     const T* row = p.lora_B + (feature0 + f) * p.rank;

@@ -51,6 +51,7 @@ __device__ __forceinline__ void load_weight_piece(const NormProblem<T>& p, T* ti
   const int end = min(kAll, (piece + 1) * per_piece);
   const int64_t row0 = Transposed ? column0 : feature0, offset0 = Transposed ? feature0 : column0;
   const int64_t rows = Transposed ? p.in : p.out, pitch = Transposed ? p.out : p.in;
+#pragma unroll 1
   for (int c = piece * per_piece + threadIdx.x; c < end; c += Tile::kThreads) {
     const int row = c / kWidth, offset = c % kWidth * 8;
     stage8<Aligned>(tile + row * Tile::kPitch + offset, p.weight, p.weight + (row0 + row) * pitch, row0 + row < rows,
@@ -63,8 +64,10 @@ template <typename T, typename Tile, bool Resident, bool Aligned>
 __device__ __forceinline__ void load_chunk(const NormProblem<T>& p, T* stage, int64_t feature0, int64_t column0,
                                            int chunk) {
   constexpr int kWidth = Tile::kColumns / 8;
+  static_assert(Tile::kChunk * kWidth % Tile::kThreads == 0, "every thread has the same number of copies");
 #pragma unroll
-  for (int c = threadIdx.x; c < Tile::kChunk * kWidth; c += Tile::kThreads) {
+  for (int i = 0; i < Tile::kChunk * kWidth / Tile::kThreads; ++i) {
+    const int c = threadIdx.x + i * Tile::kThreads;
     const int k = c / kWidth, column = c % kWidth * 8, rank = chunk * Tile::kChunk + k;
     stage8<Aligned>(stage + k * Tile::kPitch + column, p.lora_A, p.lora_A + rank * p.pitch_A, rank < p.rank,
                     column0 + column, p.pitch_A);

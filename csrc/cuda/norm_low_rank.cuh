@@ -37,8 +37,12 @@ template <typename T, typename Tile, bool Transposed>
 __device__ __forceinline__ void load_low_rank_stage(const NormProblem<T>& p, T* stage, int64_t feature0,
                                                     int64_t column0) {
   constexpr int kChunksA = Tile::kColumns / 8;
+  constexpr int kAllA = Tile::kRank * kChunksA, kAllW = Tile::kFeatures * Tile::kColumns / 8;
+  static_assert(kAllW % Tile::kThreads == 0, "every thread has the same number of W's copies");
 #pragma unroll
-  for (int c = threadIdx.x; c < Tile::kRank * kChunksA; c += Tile::kThreads) {
+  for (int i = 0; i < (kAllA + Tile::kThreads - 1) / Tile::kThreads; ++i) {
+    const int c = threadIdx.x + i * Tile::kThreads;
+    if (kAllA % Tile::kThreads != 0 && c >= kAllA) break;
     const int k = c / kChunksA, column = c % kChunksA * 8;
     stage8<true>(stage + k * Tile::kPitchA + column, p.lora_A, p.lora_A + k * p.pitch_A, k < p.rank, column0 + column,
                  p.pitch_A);
@@ -46,7 +50,8 @@ __device__ __forceinline__ void load_low_rank_stage(const NormProblem<T>& p, T* 
   T* tile = stage + Tile::kSizeA;
   constexpr int kChunksW = (Transposed ? Tile::kFeatures : Tile::kColumns) / 8;
 #pragma unroll Tile::kUnroll
-  for (int c = threadIdx.x; c < Tile::kFeatures * Tile::kColumns / 8; c += Tile::kThreads) {
+  for (int i = 0; i < kAllW / Tile::kThreads; ++i) {
+    const int c = threadIdx.x + i * Tile::kThreads;
     const int row = c / kChunksW, offset = c % kChunksW * 8;
     const int64_t row0 = Transposed ? column0 : feature0, offset0 = Transposed ? feature0 : column0;
     const int64_t rows = Transposed ? p.in : p.out, pitch = Transposed ? p.out : p.in;
