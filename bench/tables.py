@@ -40,8 +40,8 @@ def gpu_status(report: Path = GPU_REPORT) -> str:
     tools = ", ".join(f"{tool} {result['errors']}" for tool, result in facts["sanitizer"].items())
     return (
         f"GPU status: {tests['passed']} tests passed ({tests['passed_cuda']} of them on the GPU), "
-        f"{tests['failed']} failed; compute-sanitizer errors: {tools}. {facts['device']}, torch {facts['torch']}, {facts['date']} "
-        "([report](tests/gpu_report.json)).\n"
+        f"{tests['failed']} failed; compute-sanitizer errors: {tools}. "
+        f"{facts['device']}, torch {facts['torch']}, {facts['date']} ([report](tests/gpu_report.json)).\n"
     )
 
 

@@ -45,6 +45,7 @@ def save_adapter(
         ValueError: the model has no DoRA layer, or one whose parameters are partitioned away.
         OSError: the folder cannot be written or the disk is full; files from an earlier save are whole.
     """
+    model = _unwrapped(model)
     layers = dora_layers(model)
     if not layers:
         raise ValueError(f"save_adapter: model: {type(model).__name__} has no DoRA layer")
@@ -80,7 +81,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: no adapter in `folder`. AdapterError: one that is corrupt, or not for this model.
     """
-    folder = Path(folder)
+    folder, whole, model = Path(folder), model, _unwrapped(model)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     trainable = {p: p.requires_grad for p in model.parameters()}
@@ -100,7 +101,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             if base_weight is not None:
                 layer.base_layer.weight.copy_(base_weight)
     place(model, new)
-    return model
+    return whole
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DistributedDataParallel's wrapper: their names are not part of the file."""
+    if hasattr(model, "_orig_mod"):
+        return _unwrapped(model._orig_mod)
+    return _unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -280,6 +280,14 @@ def test_loading_makes_norms_stale(net, tmp_path):
     assert_same(load_adapter(fresh, tmp_path)(IDS), net(IDS))
 
 
+def test_compiled_model(net, tmp_path):
+    fresh = copy.deepcopy(net)
+    save_adapter(torch.compile(move(inject(net, ["up"], r=2))), tmp_path)
+    compiled = torch.compile(fresh)
+    assert load_adapter(compiled, tmp_path) is compiled
+    assert_same(fresh(IDS), net(IDS))
+
+
 def test_dtypes_survive(net, tmp_path):
     fresh = copy.deepcopy(net).bfloat16()
     save_adapter(move(inject(net, ["up"], r=2)), tmp_path)
