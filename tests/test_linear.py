@@ -188,6 +188,16 @@ def test_non_contiguous_and_expanded_inputs(device):
             assert_close(grads[name], ref_grads[name], 1e-5, name)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_inference_mode_and_no_grad(device):
+    t, _ = inputs((12,), 16, 24, 4, dtype=torch.float32, device=device)
+    ref = reference.linear(**doubles(t), scaling=1.0)
+    with torch.no_grad():
+        assert_close(dora_linear(**t, scaling=1.0), ref, 1e-5)
+    with torch.inference_mode():
+        assert_close(dora_linear(**{**t, "x": t["x"].clone()}, scaling=1.0), ref, 1e-5)
+
+
 @pytest.mark.cuda
 def test_cuda_graph_replays_follow_the_weights():
     t, _ = inputs((32,), 64, 128, 8, dtype=torch.bfloat16, device="cuda")

@@ -43,7 +43,7 @@ class _DoraLinear(torch.autograd.Function):
         inputs = (x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain)
         ctx.save_for_backward(*inputs, saved_y)
         if not torch.compiler.is_compiling():
-            ctx.versions = [None if t is None else t._version for t in inputs]
+            ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
         return y
 
     @staticmethod
