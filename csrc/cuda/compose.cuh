@@ -13,15 +13,19 @@
 namespace dora_ext {
 
 template <typename T>
-void launch_compose(const ComposeProblem<T>& p, bool channels_first, cudaStream_t stream) {
-  if (p.out == 0 || (channels_first ? p.batch * p.length : p.tokens) == 0) return;
-  if (channels_first) {
-    launch_compose_fma<true>(p, stream);
-  } else if constexpr (sizeof(T) == 2) {
+void launch_compose_features_last(const ComposeProblem<T>& p, cudaStream_t stream) {
+  if (p.tokens == 0 || p.out == 0) return;
+  if constexpr (sizeof(T) == 2) {
     launch_compose_mma(p, stream);
   } else {
     launch_compose_fma<false>(p, stream);
   }
+}
+
+template <typename T>
+void launch_compose_channels_first(const ComposeProblem<T>& p, cudaStream_t stream) {
+  if (p.batch == 0 || p.length == 0 || p.out == 0) return;
+  launch_compose_fma<true>(p, stream);
 }
 
 }  // namespace dora_ext

@@ -14,14 +14,14 @@ namespace dora_ext {
 template <typename T>
 struct ComposeBackwardProblem {
   using Acc = accumulate_t<T>;
-  const T* grad;        // (tokens, out), or (batch, out, length) channels first
-  const T* saved;       // the same; (any, out) with `rows`
-  T* scaled;            // G = (gain + gain_offset) * grad, like grad
-  const Acc* gain;      // (out,); null counts as 0
-  Acc gain_offset;      //
-  FeatureVector bias;   // (out,), taken off saved; data null for none
-  const int64_t* rows;  // (tokens,), null: token t goes with saved's row rows[t]; -1: its gradient counts as 0
-  int64_t tokens;       // features last
+  const T* grad;          // (tokens, out), or (batch, out, length) channels first
+  const T* saved;         // the same; (any, out) with `rows`
+  T* scaled;              // G = (gain + gain_offset) * grad, like grad
+  const Acc* gain;        // (out,); null counts as 0
+  Acc gain_offset;        //
+  FeatureVector bias;     // (out,), taken off saved; data null for none
+  const int64_t* rows;    // (tokens,), null: token t goes with saved's row rows[t]; -1: its gradient counts as 0
+  int64_t tokens;         // features last
   int64_t batch, length;  // channels first
   int64_t out;
   Acc* partials;  // (splits, 2, out): sums of grad * (saved - bias), sums of grad
@@ -33,9 +33,9 @@ constexpr float kSmallGain = 1.0f / 16;
 // How the sums are split.
 struct BackwardPlan {
   int64_t splits = 0;
-  int64_t blocks = 0;         // features last: per split
-  int columns = 0;            // features last: threads side by side along the features, a power of two up to 32
-  int64_t share = 0;          // features last: tokens of a split. Channels first: positions of a piece
+  int64_t blocks = 0;               // features last: side by side, per split. Channels first: all
+  int columns = 0;                  // features last: threads side by side along the features, a power of two up to 32
+  int64_t share = 0;                // features last: tokens of a split. Channels first: positions of a piece
   int64_t pieces = 1, samples = 1;  // channels first: pieces of a row, samples of a group
 };
 
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(256, 2) compose_backward_rows_kernel(ComposeBa
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t t = token + u * rows;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], gain, bias, sums, sums + N, 1);
-        if (t < end) *reinterpret_cast<Pack<T, N>*>(p.scaled + t * p.out + feature) = scaled;
+        if (t < end) store(p.scaled + t * p.out + feature, scaled);
       }
     }
   }
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(256, 2) compose_backward_rows_kernel(ComposeBa
 
 // N positions a lane and step. Split = (group of samples, piece of the positions).
 template <typename T, int N>
-__global__ void __launch_bounds__(256, 3) compose_backward_channels_kernel(ComposeBackwardProblem<T> p,
-                                                                           BackwardPlan plan) {
+__global__ void __launch_bounds__(256, 3)
+    compose_backward_channels_kernel(ComposeBackwardProblem<T> p, BackwardPlan plan) {
   using Acc = accumulate_t<T>;
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x % 32;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256, 3) compose_backward_channels_kernel(Compo
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = position + u * 32 * N;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], &gain, &bias, &sum, &total, 0);
-        if (at < end) *reinterpret_cast<Pack<T, N>*>(p.scaled + row + at) = scaled;
+        if (at < end) store(p.scaled + row + at, scaled);
       }
     }
   }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(256, 3) compose_backward_channels_kernel(Compo
 }
 
 // partials (splits, 2, out) -> grad_magnitude (out,) = factor * sum / n, or over g n where saved was the output, and
-// grad_bias (out,). A block of 32 features x 8 shares of the splits.
+// grad_bias (out,), which may be null. A block of 32 features x 8 shares of the splits.
 template <typename Acc>
 __global__ void compose_backward_finish_kernel(const Acc* partials, int64_t splits, int64_t out, const Acc* norm,
                                                const Acc* gain, bool saved_is_output, Acc factor, Acc* grad_magnitude,
@@ -187,14 +187,14 @@ __global__ void compose_backward_finish_kernel(const Acc* partials, int64_t spli
   const Acc n = norm[feature], g = saved_is_output ? gain[feature] : Acc(1);
   const bool lost = !(n > 0) || (saved_is_output && !(abs(g) >= Acc(kSmallGain)));
   grad_magnitude[feature] = lost ? Acc(0) : factor * sum / (g * n);
-  grad_bias[feature] = total;
+  if (grad_bias != nullptr) grad_bias[feature] = total;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-// About 8 blocks for every multiprocessor, which runs 2 or 3 at once, but no split under 64 tokens or 1024 positions, and few
-// enough splits that adding them up stays cheap.
+// About 8 blocks for every multiprocessor, which runs 2 or 3 at once, but no split under 64 tokens or 1024 positions,
+// and few enough splits that adding them up stays cheap.
 template <typename T>
 BackwardPlan plan_compose_backward(int64_t tokens, int64_t batch, int64_t length, int64_t out, bool channels_first,
                                    bool aligned, int multiprocessors) {
@@ -233,17 +233,20 @@ bool compose_backward_aligned(const ComposeBackwardProblem<T>& p, bool channels_
 }
 
 template <typename T>
-void launch_compose_backward(const ComposeBackwardProblem<T>& p, const BackwardPlan& plan, bool channels_first,
-                             bool aligned, cudaStream_t stream) {
+void launch_compose_backward_features_last(const ComposeBackwardProblem<T>& p, const BackwardPlan& plan, bool aligned,
+                                           cudaStream_t stream) {
   if (plan.splits == 0) return;
-  constexpr int N = 16 / sizeof(T);
-  if (channels_first) {
-    const auto kernel = aligned ? compose_backward_channels_kernel<T, N> : compose_backward_channels_kernel<T, 1>;
-    kernel<<<static_cast<unsigned>(plan.blocks), 256, 0, stream>>>(p, plan);
-  } else {
-    const auto kernel = aligned ? compose_backward_rows_kernel<T, N> : compose_backward_rows_kernel<T, 1>;
-    kernel<<<static_cast<unsigned>(plan.blocks * plan.splits), 256, 0, stream>>>(p, plan);
-  }
+  const auto kernel = aligned ? compose_backward_rows_kernel<T, 16 / sizeof(T)> : compose_backward_rows_kernel<T, 1>;
+  kernel<<<static_cast<unsigned>(plan.blocks * plan.splits), 256, 0, stream>>>(p, plan);
+}
+
+template <typename T>
+void launch_compose_backward_channels_first(const ComposeBackwardProblem<T>& p, const BackwardPlan& plan, bool aligned,
+                                            cudaStream_t stream) {
+  if (plan.splits == 0) return;
+  const auto kernel =
+      aligned ? compose_backward_channels_kernel<T, 16 / sizeof(T)> : compose_backward_channels_kernel<T, 1>;
+  kernel<<<static_cast<unsigned>(plan.blocks), 256, 0, stream>>>(p, plan);
 }
 
 // norm, gain, grad_magnitude, grad_bias (out,)

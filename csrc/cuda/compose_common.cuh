@@ -28,10 +28,24 @@ struct ComposeProblem {
   bool delta;
 };
 
-// `low` = s h B^T.
+// One feature's part of the formula, both forms in one: value * (base - before) + product * (h B^T) + after.
 template <typename Acc>
-__device__ __forceinline__ Acc compose_value(Acc base, Acc low, Acc gain, Acc bias, bool delta) {
-  return delta ? (gain - 1) * (base - bias) + gain * low : gain * (base + low) + bias;
+struct ComposeFactors {
+  Acc value, product, before, after;
+
+  __device__ __forceinline__ Acc apply(Acc base, Acc hB) const {
+    return fma(value, base - before, fma(product, hB, after));
+  }
+};
+
+// Zeros from `out` on.
+template <typename T, typename Acc = accumulate_t<T>>
+__device__ __forceinline__ ComposeFactors<Acc> compose_factors(const ComposeProblem<T>& p, int64_t feature) {
+  if (feature >= p.out) return {};
+  const Acc gain = p.gain[feature] * p.gain_factor;
+  const Acc bias = p.bias.data != nullptr ? p.bias.template at<Acc>(feature) : Acc(0);
+  if (p.delta) return {gain - 1, gain * p.scaling, bias, 0};
+  return {gain, gain * p.scaling, 0, bias};
 }
 
 // N numbers that are read and written at once; N = 1 for pointers that allow no more.
@@ -40,7 +54,22 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
-inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// As one access of 16 bytes where it can be: the compiler takes struct copies apart when it moves them over branches.
+template <typename T, int N>
+__device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof(pack) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+      __stwb(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&pack)[i]);
+    }
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  }
+}
+
+inline bool on_16_bytes(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
 
 template <typename I>
 __host__ __device__ constexpr I ceil_div(I a, I b) {

@@ -1,4 +1,5 @@
-// compose, compose_, compose_backward and magnitude_grad_recover_ on CUDA. The kernels and how one is chosen: compose.cuh.
+// compose, compose_, compose_backward and magnitude_grad_recover_ on CUDA. The kernels and how one is chosen:
+// compose.cuh.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -45,7 +46,9 @@ FeatureVector optional_feature_vector(const OptionalTensor& t) {
   return t ? feature_vector(*t) : FeatureVector{nullptr, Dtype::kFloat};
 }
 
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(t->contiguous()) : std::nullopt;
+}
 
 // base and result arranged, of any shape; result may be base.
 void run_compose(const Layout& layout, const Tensor& base, const Tensor& result, const Tensor& h, const Tensor& lora_B,
@@ -73,7 +76,11 @@ void run_compose(const Layout& layout, const Tensor& base, const Tensor& result,
     p.scaling = static_cast<Acc>(scaling);
     p.gain_factor = 1;
     p.delta = delta;
-    launch_compose(p, layout.channels_first(), current_stream());
+    if (layout.channels_first()) {
+      launch_compose_channels_first(p, current_stream());
+    } else {
+      launch_compose_features_last(p, current_stream());
+    }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -128,11 +135,15 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
     p.length = layout.length();
     p.out = out;
     const bool aligned = compose_backward_aligned(p, layout.channels_first());
-    const BackwardPlan plan = plan_compose_backward<T>(p.tokens, p.batch, p.length, out, layout.channels_first(),
-                                                       aligned, multiprocessors());
+    const BackwardPlan plan =
+        plan_compose_backward<T>(p.tokens, p.batch, p.length, out, layout.channels_first(), aligned, multiprocessors());
     const Tensor partials = at::empty({plan.splits, 2, out}, options);
     p.partials = mutable_data<Acc>(partials);
-    launch_compose_backward(p, plan, layout.channels_first(), aligned, stream);
+    if (layout.channels_first()) {
+      launch_compose_backward_channels_first(p, plan, aligned, stream);
+    } else {
+      launch_compose_backward_features_last(p, plan, aligned, stream);
+    }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     launch_compose_backward_finish<Acc>(p.partials, plan.splits, out, data<Acc>(n), data<Acc>(g), saved_is_output,
                                         /*factor=*/1, mutable_data<Acc>(grad_magnitude), mutable_data<Acc>(grad_bias),

@@ -91,30 +91,25 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
     }
   }
 
-  const auto gain_at = [&](int64_t f) { return f < p.out ? p.gain[f] * p.gain_factor : Acc(0); };
-  const auto bias_at = [&](int64_t f) { return f < p.out && p.bias.data ? p.bias.template at<Acc>(f) : Acc(0); };
-  Acc gain[ChannelsFirst ? 1 : TN], bias[ChannelsFirst ? 1 : TN];
+  ComposeFactors<Acc> factors[ChannelsFirst ? 1 : TN];
   if constexpr (!ChannelsFirst) {
 #pragma unroll
-    for (int i = 0; i < TN; ++i) gain[i] = gain_at(column0 + column(i)), bias[i] = bias_at(column0 + column(i));
+    for (int i = 0; i < TN; ++i) factors[i] = compose_factors(p, column0 + column(i));
   }
 #pragma unroll
   for (int m = 0; m < TM; ++m) {
     const int64_t row = row0 + ty * TM + m;
     if (row >= rows) break;
-    if constexpr (ChannelsFirst) gain[0] = gain_at(row), bias[0] = bias_at(row);
+    if constexpr (ChannelsFirst) factors[0] = compose_factors(p, row);
 #pragma unroll
     for (int i = 0; i < TN; i += Aligned ? TN : 1) {
       Packed pack;
 #pragma unroll
       for (int n = 0; n < (Aligned ? TN : 1); ++n) {
         const int f = ChannelsFirst ? 0 : i + n;
-        pack.v[n] = narrow<T>(
-            compose_value<Acc>(widen(base[m][i + n]), p.scaling * sums[m][i + n], gain[f], bias[f], p.delta));
+        pack.v[n] = narrow<T>(factors[f].apply(widen(base[m][i + n]), sums[m][i + n]));
       }
-      if (column0 + column(i) < columns) {
-        *reinterpret_cast<Packed*>(p.result + (sample * rows + row) * columns + column0 + column(i)) = pack;
-      }
+      if (column0 + column(i) < columns) store(p.result + (sample * rows + row) * columns + column0 + column(i), pack);
     }
   }
 }
@@ -124,8 +119,10 @@ void launch_compose_fma(const ComposeProblem<T>& p, cudaStream_t stream) {
   using Tile = ComposeFmaTile<T>;
   const int64_t rows = ChannelsFirst ? p.out : p.tokens, columns = ChannelsFirst ? p.length : p.out;
   const bool aligned = columns % Tile::kTN == 0 && on_16_bytes(p.base) && on_16_bytes(p.result);
-  const auto kernel = aligned ? compose_fma_kernel<T, ChannelsFirst, true> : compose_fma_kernel<T, ChannelsFirst, false>;
-  const int64_t row_tiles = ceil_div<int64_t>(rows, Tile::kRows), column_tiles = ceil_div<int64_t>(columns, Tile::kColumns);
+  const auto kernel =
+      aligned ? compose_fma_kernel<T, ChannelsFirst, true> : compose_fma_kernel<T, ChannelsFirst, false>;
+  const int64_t row_tiles = ceil_div<int64_t>(rows, Tile::kRows),
+                column_tiles = ceil_div<int64_t>(columns, Tile::kColumns);
   const int64_t blocks = row_tiles * column_tiles * (ChannelsFirst ? p.batch : 1);
   kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, 0, stream>>>(p, row_tiles, column_tiles);
 }

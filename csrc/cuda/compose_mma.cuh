@@ -1,10 +1,11 @@
-// compose with the features last, fp16 and bf16: a block of 8 warps makes 128 tokens x 128 features, h B^T on the tensor
-// cores, h and lora_B through shared memory in chunks of 32 ranks, base and result straight between registers and memory.
+// compose with the features last, fp16 and bf16: a block of 8 warps makes 128 tokens x 128 features, h B^T on the
+// tensor cores, h and lora_B through shared memory in chunks of 32 ranks, base and result straight between registers
+// and memory.
 //
 // mma leaves a lane two neighbouring columns of every 8. To give it eight neighbouring features instead (16 bytes), the
-// features of a group of 32 are dealt to four products so: column i of product j is feature (i / 2) * 8 + j * 2 + i % 2.
-// Lane t of a quad then holds features 8 t ... 8 t + 7 of the group in its products 0 ... 3, and a quad covers 64 bytes
-// of one token. The deal is made when lora_B's rows are put into shared memory.
+// features of a group of 32 are dealt to four products so: column i of product j is feature (i / 2) * 8 + j * 2 + i
+// % 2. Lane t of a quad then holds features 8 t ... 8 t + 7 of the group in its products 0 ... 3, and a quad covers 64
+// bytes of one token. The deal is made when lora_B's rows are put into shared memory.
 #pragma once
 
 #include "compose_common.cuh"
@@ -14,8 +15,8 @@ namespace dora_ext {
 
 struct ComposeTile {
   static constexpr int kTokens = 128, kFeatures = 128, kThreads = 256;
-  static constexpr int kRanks = 32;           // a chunk
-  static constexpr int kPitch = kRanks + 8;   // rows 80 bytes apart: ldmatrix meets no bank conflict
+  static constexpr int kRanks = 32;          // a chunk
+  static constexpr int kPitch = kRanks + 8;  // rows 80 bytes apart: ldmatrix meets no bank conflict
   static constexpr int kOperand = 128 * kPitch;
   static constexpr int kStage = 2 * kOperand;  // h's rows, then lora_B's
   static constexpr int kStages = 3;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(ComposeTile::kThreads, compose_resident<Aligne
     compose_mma_kernel(ComposeProblem<T> p, int64_t feature_tiles) {
   using Tile = ComposeTile;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  __shared__ __align__(16) float gains[Tile::kFeatures], biases[Tile::kFeatures];
+  __shared__ __align__(16) float factors[4][Tile::kFeatures];  // ComposeFactors
   T* shared = reinterpret_cast<T*>(shared_bytes);
 
   const int64_t token0 = blockIdx.x / feature_tiles * Tile::kTokens;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(ComposeTile::kThreads, compose_resident<Aligne
   for (int chunk = 0; chunk < Tile::kStages - 1; ++chunk) load_chunk(chunk);
 
   // Under way while the products are formed: 16 bytes each of four tokens and two groups of 32 features.
-  uint4 base[2][2][2];
+  Pack<uint32_t, 4> base[2][2][2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -106,23 +107,29 @@ __global__ void __launch_bounds__(ComposeTile::kThreads, compose_resident<Aligne
       for (int group = 0; group < 2; ++group) {
         const int64_t feature = lane_feature + group * 32;
         const T* from = p.base + (row < 0 ? 0 : row * p.out + feature);
-        uint4& to = base[m][half][group];
+        Pack<uint32_t, 4>& to = base[m][half][group];
         if constexpr (Aligned) {
           // All ones: NaN in both dtypes.
-          to = row >= 0 && feature < p.out ? *reinterpret_cast<const uint4*>(from) : uint4{~0u, ~0u, ~0u, ~0u};
+          if (row >= 0 && feature < p.out) {
+            to = *reinterpret_cast<const Pack<uint32_t, 4>*>(from);
+          } else {
+            to = {{~0u, ~0u, ~0u, ~0u}};
+          }
         } else {
           __align__(16) T numbers[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) numbers[i] = row >= 0 && feature + i < p.out ? from[i] : narrow<T>(nanf(""));
-          to = *reinterpret_cast<const uint4*>(numbers);
+          to = *reinterpret_cast<const Pack<uint32_t, 4>*>(numbers);
         }
       }
     }
   }
   if (threadIdx.x < Tile::kFeatures) {
-    const int64_t feature = feature0 + threadIdx.x;
-    gains[threadIdx.x] = feature < p.out ? p.gain[feature] * p.gain_factor : 0.0f;
-    biases[threadIdx.x] = feature < p.out && p.bias.data != nullptr ? p.bias.template at<float>(feature) : 0.0f;
+    const ComposeFactors<float> f = compose_factors(p, feature0 + threadIdx.x);
+    factors[0][threadIdx.x] = f.value;
+    factors[1][threadIdx.x] = f.product;
+    factors[2][threadIdx.x] = f.before;
+    factors[3][threadIdx.x] = f.after;
   }
 
   float sums[2][2][4][4] = {};  // [16 tokens][32 features][product]
@@ -154,35 +161,37 @@ __global__ void __launch_bounds__(ComposeTile::kThreads, compose_resident<Aligne
 
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
-    const int64_t feature = lane_feature + group * 32;
-    float gain[8], bias[8];
+    // Two features at a time, so that few factors take up registers; the results take base's place.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      gain[i] = gains[warp_feature + group * 32 + lane % 4 * 8 + i];
-      bias[i] = biases[warp_feature + group * 32 + lane % 4 * 8 + i];
+    for (int j = 0; j < 4; ++j) {
+      float2 f[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        f[i] = *reinterpret_cast<const float2*>(&factors[i][warp_feature + group * 32 + lane % 4 * 8 + 2 * j]);
+      }
+      const ComposeFactors<float> left{f[0].x, f[1].x, f[2].x, f[3].x}, right{f[0].y, f[1].y, f[2].y, f[3].y};
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 v = unpack<T>(base[m][half][group].v[j]);
+          const float* hB = &sums[m][group][j][half * 2];
+          base[m][half][group].v[j] = pack<T>(left.apply(v.x, hB[0]), right.apply(v.y, hB[1]));
+        }
+      }
     }
+    const int64_t feature = lane_feature + group * 32;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t token = lane_token + m * 16 + half * 8;
-        const uint4 in = base[m][half][group];
-        const uint32_t words[4] = {in.x, in.y, in.z, in.w};
-        uint32_t done[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 v = unpack<T>(words[j]);
-          const float* low = &sums[m][group][j][half * 2];
-          done[j] = pack<T>(
-              compose_value(v.x, p.scaling * low[0], gain[2 * j], bias[2 * j], p.delta),
-              compose_value(v.y, p.scaling * low[1], gain[2 * j + 1], bias[2 * j + 1], p.delta));
-        }
         if (token >= p.tokens || feature >= p.out) continue;
         T* to = p.result + token * p.out + feature;
         if constexpr (Aligned) {
-          *reinterpret_cast<uint4*>(to) = uint4{done[0], done[1], done[2], done[3]};
+          store(reinterpret_cast<uint32_t*>(to), base[m][half][group]);
         } else {
-          const T* numbers = reinterpret_cast<const T*>(done);
+          const T* numbers = reinterpret_cast<const T*>(base[m][half][group].v);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             if (feature + i < p.out) to[i] = numbers[i];
@@ -200,7 +209,7 @@ void launch_compose_mma(const ComposeProblem<T>& p, cudaStream_t stream) {
   const int64_t feature_tiles = ceil_div<int64_t>(p.out, ComposeTile::kFeatures);
   const int64_t blocks = ceil_div<int64_t>(p.tokens, ComposeTile::kTokens) * feature_tiles;
   const int64_t shared_bytes = ComposeTile::shared_bytes(p.rank);
-  if (shared_bytes + 1024 > 48 * 1024) {
+  if (shared_bytes + 2048 > 48 * 1024) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
   kernel<<<static_cast<unsigned>(blocks), ComposeTile::kThreads, shared_bytes, stream>>>(p, feature_tiles);

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProb
     if (!flagged(j)) continue;
     const T* grad = p.grad + j * p.grad_feature_stride;
     const T* w = p.weight + j * p.weight_out_stride;
-    Acc sum = recover_sum(p, grad, p.x, p.in, [&](int64_t i) -> Acc { return widen(w[i * p.weight_in_stride]); }, shared);
+    Acc sum =
+        recover_sum(p, grad, p.x, p.in, [&](int64_t i) -> Acc { return widen(w[i * p.weight_in_stride]); }, shared);
     sum += p.scaling * recover_sum(
                            p, grad, p.h, p.rank,
                            [&](int64_t i) -> Acc { return p.lora_B.template at<Acc>(j * p.rank + i); }, shared);
