@@ -35,9 +35,10 @@ print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include'
 # Source archive -> wheel -> an environment with torch alone; then without the wheel's kernels, just in time.
 step_wheel() {
   new_venv "$WORK/empty" "$CPU_TORCH" numpy
-  new_venv "$WORK/builder" "$CPU_TORCH" numpy build 'setuptools>=77' wheel ninja
-  quiet sdist "$WORK/builder/bin/python" -m build --no-isolation --sdist --outdir "$WORK/dist" .
-  DORA_EXT_CUDA=0 quiet wheel "$WORK/builder/bin/python" -m pip wheel -q --no-build-isolation --no-deps \
+  make_ours "$VENV/.torch" >/dev/null
+  "$VENV/bin/python" -m pip install -q build
+  quiet sdist "$VENV/bin/python" -m build --no-isolation --sdist --outdir "$WORK/dist" .
+  DORA_EXT_CUDA=0 PATH="$VENV/bin:$PATH" quiet wheel "$VENV/bin/python" -m pip wheel -q --no-build-isolation --no-deps \
     -w "$WORK/dist" "$WORK"/dist/*.tar.gz
   ls -l "$WORK/dist"
   "$WORK/empty/bin/python" -m pip install -q "$WORK"/dist/*.whl
