@@ -1,13 +1,10 @@
 // DoRA's linear layer, whole, composed of library products (aten::mm) and of our own ops; registered once for all
 // backends. Symbols as in ops.cpp; tokens are the leading dimensions of x, flattened.
-#define AT_PER_OPERATOR_HEADERS
-#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DispatchKeySet.h>
 #include <torch/library.h>
 
@@ -74,6 +71,8 @@ Tensor as_tokens(const Tensor& t) {
 Tensor product_for(const Tensor& parameter, const Tensor& left, const Tensor& right) {
   const auto dtype = parameter.scalar_type();
   if (left.is_cuda() && left.scalar_type() != dtype && dtype == at::kFloat) return at::mm(left, right, dtype);
+  // On the CPU a narrow product (n, r) takes half the time as (r, n).
+  if (left.is_cpu() && right.size(1) < left.size(0)) return at::mm(right.t(), left.t()).t().contiguous().to(dtype);
   return at::mm(left, right).to(dtype);
 }
 
@@ -139,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     std::tie(G, grad_m, grad_b) = compose_backward_op(grad, base, norm, gain, std::nullopt, false);
     if (want_m) {
       const Tensor E = product_for(norm, grad.t(), h);
-      grad_m.add_((E * lora_B).sum(1).mul_(scaling).div_(norm).masked_fill_(norm == 0, 0));
+      grad_m.add_(E.mul(lora_B).sum(1).mul_(scaling).div_(norm).masked_fill_(norm.eq(0), 0));
     }
   }
   grad_m = want_m ? grad_m.to(magnitude.scalar_type()) : none;
