@@ -89,16 +89,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const
   if (norm) {
     check_feature(op, "norm", *norm, lora_B.size(0), weight);
     check_feature(op, "gain", *gain, lora_B.size(0), weight);
-    // Copies: an op whose schema declares no alias must not return its arguments.
-    n = norm->clone();
-    g = gain->clone();
+    // An op whose schema declares no alias must not return its arguments; the caller has them.
+    n = at::empty({0}, norm->options());
+    g = at::empty({0}, gain->options());
   } else {
     std::tie(n, g) = norm_op(weight, lora_A, lora_B, magnitude, scaling, transposed);
   }
   const Tensor tokens = as_tokens(x);
   Tensor y = at::mm(tokens, transposed ? weight : weight.t());
   const Tensor h = at::mm(tokens, lora_A.to(x.scalar_type()).t());
-  compose_op_(y, h, lora_B, g, bias, scaling);
+  compose_op_(y, h, lora_B, gain ? *gain : g, bias, scaling);
   auto shape = x.sizes().vec();
   shape.back() = y.size(1);
   return {y.view(shape), h, n, g};

@@ -18,8 +18,8 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def("norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
         " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
 
-  // Linear, whole: with `norm` and `gain` None they are computed here. lora_A, lora_B, magnitude and bias may be
-  // wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
+  // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
+  // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
   m.def("linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
         " Tensor? norm, Tensor? gain, float scaling, bool transposed=False)"
         " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");

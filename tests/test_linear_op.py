@@ -194,7 +194,7 @@ def test_given_norm_and_gain_are_used_and_not_returned_as_they_are(device):
     doubled, _, norm_out, gain_out = case.forward(norm=norm, gain=2 * gain)
     bias = case.layer["bias"]
     assert_close(doubled - bias, 2 * (y - bias), 1e-5)
-    assert torch.equal(norm_out, norm) and norm_out.data_ptr() != norm.data_ptr()
+    assert norm_out.numel() == gain_out.numel() == 0  # the caller has them
     assert torch.equal(gain_out, 2 * gain)
 
 

@@ -15,8 +15,8 @@ _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
 def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed=False):
     y = x.new_empty((*x.shape[:-1], lora_B.shape[0]))
     h = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]))
-    norm = weight.new_empty(lora_B.shape[0], dtype=accumulate_dtype(weight.dtype))
-    return y, h, norm, torch.empty_like(norm)
+    computed = weight.new_empty(lora_B.shape[0] if norm is None else 0, dtype=accumulate_dtype(weight.dtype))
+    return y, h, computed, torch.empty_like(computed)
 
 
 @fake("linear_backward")
@@ -31,9 +31,11 @@ def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scal
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed):
-        y, h, norm, gain = torch.ops.dora_ext.linear_forward.default(
+        y, h, *computed = torch.ops.dora_ext.linear_forward.default(
             x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed
         )
+        if norm is None:
+            norm, gain = computed
         needs = ctx.needs_input_grad
         ctx.mask = sum(bit for bit, i in ((_X, 0), (_A, 2), (_B, 3), (_MAGNITUDE, 4), (_BIAS, 5)) if needs[i])
         ctx.scaling, ctx.transposed = scaling, transposed
