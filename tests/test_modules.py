@@ -191,7 +191,7 @@ def test_gradcheck(name):
         pytest.skip("its forward changes A")
     layer, x = make_layer(name, torch.float64), make_input(name, torch.float64)
     norm = layer.weight_norm()
-    layer._norm_and_gain = lambda _weight: (norm, reference.gain(layer.magnitude.detach().flatten(), norm))
+    layer._norm_and_gain = lambda *_: (norm, reference.gain(layer.magnitude.detach().flatten(), norm))
     names = [n for n, p in layer.named_parameters() if p.requires_grad]
     parameters = [dict(layer.named_parameters())[n].detach().clone().requires_grad_() for n in names]
     by_freq_or_padding = name in ("embedding padding", "embedding by freq", "embedding scaled")

@@ -148,13 +148,11 @@ class DoraBase(nn.Module):
     def _dense_weight(self) -> Tensor:
         return dense_weight(self.base_layer) if self.quantised else self.base_layer.weight
 
-    def _norm_and_gain(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = self._factors()
+    def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """n and g (out,) of W, A, B, m, as the forward has them at hand."""
         # A dequantised weight is another tensor each time: nothing to remember it by.
         cache = None if self.quantised else self.norm_cache
-        return norm_and_gain(
-            weight, lora_A, lora_B, self.magnitude, scaling=self.scaling, transposed=self.transposed, cache=cache
-        )
+        return norm_and_gain(*tensors, scaling=self.scaling, transposed=self.transposed, cache=cache)
 
     def merge(self) -> None:
         """Fold the adapter into one weight: from here on, the forward costs what the base layer's does.

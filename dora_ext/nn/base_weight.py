@@ -16,13 +16,15 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     Knows bitsandbytes (4 and 8 bits), torchao and HQQ by their attributes, so that none of them need be installed.
     """
-    if hasattr(layer, "W_q"):  # HQQ
-        return layer.dequantize()
-    weight = layer.weight
-    if type(weight).__module__.startswith("torchao."):
-        return weight.dequantize()
+    weight = getattr(layer, "weight", None)
     # FSDP replaces a Params4bit by a plain parameter; the layer still holds the state.
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOAT_DTYPES and state is None:
+        return weight
+    if hasattr(layer, "W_q"):  # HQQ
+        return layer.dequantize()
+    if type(weight).__module__.startswith("torchao."):
+        return weight.dequantize()
     if type(weight).__name__ == "Params4bit" or state is not None:
         # FP4, and weights that bitsandbytes has reordered for its own CPU product, are read by bitsandbytes alone.
         if state is None or (state.quant_type == "nf4" and not getattr(state, "packing_format_for_cpu", False)):

@@ -126,10 +126,11 @@ class _DoraConvNd(DoraBase):
         base = self.base_layer
         if self.merged:
             return convolve(base, x, self.merged_weight, base.bias, groups=1)
-        norm, gain = self._norm_and_gain(base.weight)
+        adapter = (*self._factors(), self.magnitude)
+        norm, gain = self._norm_and_gain(base.weight, *adapter)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         y = dora_conv(
-            dropped, base.weight, *self._factors(), self.magnitude, None if dropped is not x else base.bias,
+            dropped, base.weight, *adapter, None if dropped is not x else base.bias,
             scaling=self.scaling, stride=base.stride, padding=base.padding, dilation=base.dilation,
             groups=base.groups, padding_mode=base.padding_mode, norm=norm, gain=gain,
         )  # fmt: skip

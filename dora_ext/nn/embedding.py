@@ -91,9 +91,10 @@ class DoraEmbedding(DoraBase):
             y = y if fused == 1.0 else y * fused
         else:
             # max_norm changes W, so that the norm can be taken only after it has.
-            norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(base.weight)
+            adapter = (*self._factors(), self.magnitude)
+            norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(base.weight, *adapter)
             y = dora_embedding(
-                ids, base.weight, *self._factors(), self.magnitude, scaling=self.scaling, padding_idx=base.padding_idx,
+                ids, base.weight, *adapter, scaling=self.scaling, padding_idx=base.padding_idx,
                 max_norm=base.max_norm, norm_type=base.norm_type, scale_grad_by_freq=base.scale_grad_by_freq,
                 embed_scale=fused, norm=norm, gain=gain,
             )  # fmt: skip

@@ -111,10 +111,11 @@ class DoraLinear(DoraBase):
         bias = self.bias
         if self.merged:
             return self._product(x, weight, bias)
-        norm, gain = self._norm_and_gain(weight)
+        adapter = (*self._factors(), self.magnitude)
+        norm, gain = self._norm_and_gain(weight, *adapter)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         y = dora_linear(
-            dropped, weight, *self._factors(), self.magnitude, None if dropped is not x else bias,
+            dropped, weight, *adapter, None if dropped is not x else bias,
             scaling=self.scaling, transposed=self.transposed, norm=norm, gain=gain,
         )  # fmt: skip
         # What dropout took away still goes through the base layer.
