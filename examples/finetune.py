@@ -58,8 +58,12 @@ def prepare_output(folder: Path) -> None:
         raise DemoError(f"--output {folder}: cannot write there: {error}") from error
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(device: torch.device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
 
 @torch.no_grad()
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     prepare_output(args.output)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     dora = PeftDora() if args.peft else OurDora()
 
     model, tokenizer, base_name = load_model(args.model, args.seed)
