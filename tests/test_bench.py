@@ -96,3 +96,17 @@ def test_gpu_status_is_one_line_of_the_report(tmp_path):
     report.write_text(json.dumps(facts | {"pytest": suite, "sanitizer": {"memcheck": {"errors": 0}}}))
     line = tables.gpu_status(report)
     assert "9 tests passed (4 of them on the GPU), 0 failed" in line and "memcheck 0" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_results_are_named_after_the_gpu(monkeypatch, name, stem):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert program.stem("cuda") == stem
