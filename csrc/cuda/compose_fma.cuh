@@ -11,10 +11,10 @@
 
 namespace dora_ext {
 
-template <typename T>
+template <typename T, bool Aligned>
 struct ComposeFmaTile {
   static constexpr int kThreads = 256, kRanks = 16;
-  static constexpr int kTM = 4, kTN = sizeof(T) == 2 ? 8 : 4;  // a thread's rows and columns: 16 bytes and more
+  static constexpr int kTM = 4, kTN = Aligned && sizeof(T) == 2 ? 8 : 4;  // a thread's rows and columns
   static constexpr int kRows = 16 * kTM, kColumns = 16 * kTN;
   static constexpr int kRowPitch = kRows + 4;
 };
@@ -24,7 +24,7 @@ struct ComposeFmaTile {
 template <typename T, bool ChannelsFirst, bool Aligned>
 __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
     compose_fma_kernel(ComposeProblem<T> p, int64_t row_tiles, int64_t column_tiles) {
-  using Tile = ComposeFmaTile<T>;
+  using Tile = ComposeFmaTile<T, Aligned>;
   using Acc = accumulate_t<T>;
   constexpr int TM = Tile::kTM, TN = Tile::kTN;
   using Packed = Pack<T, Aligned ? TN : 1>;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
       column_factor[k][c] = valid ? widen(column_source[at]) : Acc(0);
     }
     __syncthreads();
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < Tile::kRanks; ++k) {
       Acc left[TM], right[TN];
 #pragma unroll
@@ -114,17 +114,24 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
+template <bool ChannelsFirst, bool Aligned, typename T>
+void launch_compose_fma_tiles(const ComposeProblem<T>& p, int64_t rows, int64_t columns, cudaStream_t stream) {
+  using Tile = ComposeFmaTile<T, Aligned>;
+  const int64_t row_tiles = ceil_div<int64_t>(rows, Tile::kRows);
+  const int64_t column_tiles = ceil_div<int64_t>(columns, Tile::kColumns);
+  const int64_t blocks = row_tiles * column_tiles * (ChannelsFirst ? p.batch : 1);
+  compose_fma_kernel<T, ChannelsFirst, Aligned>
+      <<<static_cast<unsigned>(blocks), Tile::kThreads, 0, stream>>>(p, row_tiles, column_tiles);
+}
+
 template <bool ChannelsFirst, typename T>
 void launch_compose_fma(const ComposeProblem<T>& p, cudaStream_t stream) {
-  using Tile = ComposeFmaTile<T>;
   const int64_t rows = ChannelsFirst ? p.out : p.tokens, columns = ChannelsFirst ? p.length : p.out;
-  const bool aligned = columns % Tile::kTN == 0 && on_16_bytes(p.base) && on_16_bytes(p.result);
-  const auto kernel =
-      aligned ? compose_fma_kernel<T, ChannelsFirst, true> : compose_fma_kernel<T, ChannelsFirst, false>;
-  const int64_t row_tiles = ceil_div<int64_t>(rows, Tile::kRows),
-                column_tiles = ceil_div<int64_t>(columns, Tile::kColumns);
-  const int64_t blocks = row_tiles * column_tiles * (ChannelsFirst ? p.batch : 1);
-  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, 0, stream>>>(p, row_tiles, column_tiles);
+  if (columns % ComposeFmaTile<T, true>::kTN == 0 && on_16_bytes(p.base) && on_16_bytes(p.result)) {
+    launch_compose_fma_tiles<ChannelsFirst, true>(p, rows, columns, stream);
+  } else {
+    launch_compose_fma_tiles<ChannelsFirst, false>(p, rows, columns, stream);
+  }
 }
 
 }  // namespace dora_ext

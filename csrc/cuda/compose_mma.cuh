@@ -54,20 +54,16 @@ __device__ __forceinline__ void stage_operand(T* dst, const T* src, int64_t row0
   }
 }
 
-// Blocks per multiprocessor that the registers must allow. One where two would spill: element-wise access, and sm_75's
-// emulated bf16 products.
-template <bool Aligned>
-constexpr int compose_resident() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return 1;
+constexpr bool kBeforeAmpere = true;
 #else
-  return Aligned ? 2 : 1;
+constexpr bool kBeforeAmpere = false;
 #endif
-}
 
-// Aligned: base and result start on 16 bytes and out is a multiple of 8.
+// Aligned: base and result start on 16 bytes and out is a multiple of 8. Two blocks run at once on a multiprocessor,
+// one where two would spill: element-wise access, and sm_75's emulated bf16 products.
 template <typename T, bool Aligned>
-__global__ void __launch_bounds__(ComposeTile::kThreads, compose_resident<Aligned>())
+__global__ void __launch_bounds__(ComposeTile::kThreads, Aligned && !kBeforeAmpere ? 2 : 1)
     compose_mma_kernel(ComposeProblem<T> p, int64_t feature_tiles) {
   using Tile = ComposeTile;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
