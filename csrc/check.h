@@ -7,11 +7,26 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 
 namespace dora_ext {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Numbers go into messages as finished text: some CUDA libraries bring a C++ runtime of their own, and where its
+// std::ostream is found first, formatting a number there crashes the process.
+inline std::string text(int64_t n) {
+  return std::to_string(n);
+}
+inline std::string text(double n) {
+  return std::to_string(n);
+}
+inline std::string text(at::IntArrayRef shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
 
 // Accumulators and everything per feature: fp64 for fp64 inputs, else fp32.
 inline at::ScalarType accumulate_type(at::ScalarType t) {
@@ -25,11 +40,12 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions, got shape ", t.sizes());
+  TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, ": expected ", text(dim), " dimensions, got shape ",
+                    text(t.sizes()));
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, ": expected shape ", shape, ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, ": expected shape ", text(shape), ", got ", text(t.sizes()));
 }
 
 // Every tensor of a call lives where `first` lives.
@@ -40,7 +56,7 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
 }
 
 inline void check_scaling(const char* op, double scaling) {
-  TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling: expected a finite number, got ", scaling);
+  TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling: expected a finite number, got ", text(scaling));
 }
 
 // W and its adapter: W (out, in) or (in, out), A (r, in), B (out, r); returns nothing, throws on the first misfit.
@@ -53,12 +69,12 @@ inline void check_adapter(const char* op, const Tensor& weight, const Tensor& lo
   check_dim(op, "lora_A", lora_A, 2);
   check_dim(op, "lora_B", lora_B, 2);
   const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1), r = lora_A.size(0);
-  TORCH_CHECK_VALUE(r > 0, op, ": lora_A: expected a rank of at least 1, got shape ", lora_A.sizes());
-  TORCH_CHECK_VALUE(lora_A.size(1) == in, op, ": lora_A: expected shape (r, ", in, ") for weight of shape ",
-                    weight.sizes(), ", got ", lora_A.sizes());
-  TORCH_CHECK_VALUE(lora_B.size(0) == out && lora_B.size(1) == r, op, ": lora_B: expected shape (", out, ", ", r,
-                    ") for weight of shape ", weight.sizes(), " and lora_A of shape ", lora_A.sizes(), ", got ",
-                    lora_B.sizes());
+  TORCH_CHECK_VALUE(r > 0, op, ": lora_A: expected a rank of at least 1, got shape ", text(lora_A.sizes()));
+  TORCH_CHECK_VALUE(lora_A.size(1) == in, op, ": lora_A: expected shape (r, ", text(in), ") for weight of shape ",
+                    text(weight.sizes()), ", got ", text(lora_A.sizes()));
+  TORCH_CHECK_VALUE(lora_B.size(0) == out && lora_B.size(1) == r, op, ": lora_B: expected shape (", text(out), ", ",
+                    text(r), ") for weight of shape ", text(weight.sizes()), " and lora_A of shape ",
+                    text(lora_A.sizes()), ", got ", text(lora_B.sizes()));
   check_device(op, "lora_A", lora_A, "weight", weight);
   check_device(op, "lora_B", lora_B, "weight", weight);
   check_scaling(op, scaling);
@@ -77,9 +93,8 @@ inline void check_norm(const Tensor& weight, const Tensor& lora_A, const Tensor&
   check_feature("dora_ext::norm", "magnitude", magnitude, lora_B.size(0), weight);
 }
 
-inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                              const Tensor& magnitude, double scaling, bool transposed, const Tensor& cached,
-                              const Tensor& fingerprint) {
+inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                              double scaling, bool transposed, const Tensor& cached, const Tensor& fingerprint) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
   check_feature("dora_ext::norm_cached", "cached", cached, lora_B.size(0), weight);
   TORCH_CHECK_TYPE(cached.scalar_type() == accumulate_type(weight.scalar_type()) && cached.is_contiguous(),
@@ -95,7 +110,7 @@ inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const 
 inline int64_t check_features_dim(const char* op, const char* name, const Tensor& t, bool channels_first) {
   check_float(op, name, t);
   TORCH_CHECK_VALUE(t.dim() >= (channels_first ? 2 : 1), op, ": ", name, ": expected at least ",
-                    channels_first ? 2 : 1, " dimensions, got shape ", t.sizes());
+                    text(int64_t{channels_first ? 2 : 1}), " dimensions, got shape ", text(t.sizes()));
   return t.size(channels_first ? 1 : t.dim() - 1);
 }
 
@@ -109,7 +124,8 @@ inline void check_compose(const Tensor& base, const Tensor& h, const Tensor& lor
   auto expected = base.sizes().vec();
   expected[channels_first ? 1 : expected.size() - 1] = lora_B.size(1);
   check_shape(op, "h", h, expected);
-  TORCH_CHECK_VALUE(lora_B.size(0) == out, op, ": lora_B: expected shape (", out, ", r), got ", lora_B.sizes());
+  TORCH_CHECK_VALUE(lora_B.size(0) == out, op, ": lora_B: expected shape (", text(out), ", r), got ",
+                    text(lora_B.sizes()));
   TORCH_CHECK_TYPE(h.scalar_type() == base.scalar_type(), op, ": h: expected the dtype of base, ", base.scalar_type(),
                    ", got ", h.scalar_type());
   check_device(op, "h", h, "base", base);
@@ -150,8 +166,8 @@ inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Ten
   check_shape(op, "h", h, {tokens, r});
   check_shape(op, "lora_B", lora_B, {out, r});
   TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() && h.scalar_type() == weight.scalar_type(), op,
-                   ": x and h: expected the dtype of weight, ", weight.scalar_type(), ", got ", x.scalar_type(), " and ",
-                   h.scalar_type());
+                   ": x and h: expected the dtype of weight, ", weight.scalar_type(), ", got ", x.scalar_type(),
+                   " and ", h.scalar_type());
   check_feature(op, "grad_magnitude", grad_magnitude, out, weight);
   TORCH_CHECK_TYPE(grad_magnitude.scalar_type() == accumulate_type(weight.scalar_type()), op,
                    ": grad_magnitude: expected ", accumulate_type(weight.scalar_type()), ", got ",
@@ -170,8 +186,8 @@ inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, 
                          bool transposed) {
   check_float(op, "x", x);
   check_adapter(op, weight, lora_A, lora_B, scaling, transposed);
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == lora_A.size(1), op, ": x: expected shape (..., ", lora_A.size(1),
-                    ") for weight of shape ", weight.sizes(), ", got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == lora_A.size(1), op, ": x: expected shape (..., ",
+                    text(lora_A.size(1)), ") for weight of shape ", text(weight.sizes()), ", got ", text(x.sizes()));
   TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": x: expected the dtype of weight, ",
                    weight.scalar_type(), ", got ", x.scalar_type());
   check_device(op, "x", x, "weight", weight);
@@ -191,7 +207,8 @@ inline void check_embedding(const char* op, const Tensor& ids, const Tensor& wei
 inline void check_quantize_nf4(const Tensor& x, int64_t blocksize) {
   check_float("dora_ext::quantize_nf4", "x", x);
   TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
-                    "dora_ext::quantize_nf4: blocksize: expected a power of two from 32 to 4096, got ", blocksize);
+                    "dora_ext::quantize_nf4: blocksize: expected a power of two from 32 to 4096, got ",
+                    text(blocksize));
 }
 
 inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
@@ -200,41 +217,40 @@ inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int
                                  int64_t nested_blocksize) {
   const char* op = "dora_ext::dequantize_nf4";
   TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
-                    ": blocksize: expected a power of two from 32 to 4096, got ", blocksize);
+                    ": blocksize: expected a power of two from 32 to 4096, got ", text(blocksize));
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
                    ": dtype: expected bfloat16, float16 or float32, got ", dtype);
   int64_t numel = 1;
   for (const int64_t s : shape) {
-    TORCH_CHECK_VALUE(s >= 0, op, ": shape: expected sizes of at least 0, got ", shape);
+    TORCH_CHECK_VALUE(s >= 0, op, ": shape: expected sizes of at least 0, got ", text(shape));
     numel *= s;
   }
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed: expected uint8, got ", packed.scalar_type());
-  TORCH_CHECK_VALUE(packed.numel() == (numel + 1) / 2, op, ": packed: expected ", (numel + 1) / 2,
-                    " bytes for shape ", shape, ", got ", packed.numel());
+  TORCH_CHECK_VALUE(packed.numel() == (numel + 1) / 2, op, ": packed: expected ", text((numel + 1) / 2),
+                    " bytes for shape ", text(shape), ", got ", text(packed.numel()));
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
-  TORCH_CHECK_VALUE(absmax.numel() == blocks, op, ": absmax: expected ", blocks, " values, one per ", blocksize,
-                    " weights, got ", absmax.numel());
+  TORCH_CHECK_VALUE(absmax.numel() == blocks, op, ": absmax: expected ", text(blocks), " values, one per ",
+                    text(blocksize), " weights, got ", text(absmax.numel()));
   check_device(op, "absmax", absmax, "packed", packed);
   if (!nested_absmax) {
-    TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ",
-                     absmax.scalar_type());
+    TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ", absmax.scalar_type());
     return;
   }
   TORCH_CHECK_TYPE(absmax.scalar_type() == at::kByte, op, ": absmax: expected uint8 with nested_absmax, got ",
                    absmax.scalar_type());
   TORCH_CHECK_VALUE(nested_blocksize > 0 && (nested_blocksize & (nested_blocksize - 1)) == 0, op,
-                    ": nested_blocksize: expected a power of two, got ", nested_blocksize);
+                    ": nested_blocksize: expected a power of two, got ", text(nested_blocksize));
   const int64_t nested = (blocks + nested_blocksize - 1) / nested_blocksize;
   TORCH_CHECK_VALUE(nested_absmax->scalar_type() == at::kFloat && nested_absmax->numel() == nested, op,
-                    ": nested_absmax: expected ", nested, " float32 values, got ", nested_absmax->numel(), " of ",
-                    nested_absmax->scalar_type());
+                    ": nested_absmax: expected ", text(nested), " float32 values, got ", text(nested_absmax->numel()),
+                    " of ", nested_absmax->scalar_type());
   TORCH_CHECK_VALUE(nested_code && nested_code->scalar_type() == at::kFloat && nested_code->numel() == 256, op,
                     ": nested_code: expected 256 float32 values with nested_absmax");
   check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
   check_device(op, "nested_code", *nested_code, "packed", packed);
   if (!offset) return;
   TORCH_CHECK_VALUE(offset->scalar_type() == at::kFloat && offset->numel() == 1, op,
-                    ": offset: expected one float32 value, got ", offset->numel(), " of ", offset->scalar_type());
+                    ": offset: expected one float32 value, got ", text(offset->numel()), " of ", offset->scalar_type());
   check_device(op, "offset", *offset, "packed", packed);
 }
 
@@ -246,7 +262,7 @@ inline void check_quantize_absmax(const Tensor& absmax, const Tensor& code, int6
   check_shape(op, "code", code, {256});
   check_device(op, "code", code, "absmax", absmax);
   TORCH_CHECK_VALUE(blocksize > 0 && (blocksize & (blocksize - 1)) == 0, op,
-                    ": blocksize: expected a power of two, got ", blocksize);
+                    ": blocksize: expected a power of two, got ", text(blocksize));
 }
 
 }  // namespace dora_ext

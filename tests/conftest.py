@@ -55,6 +55,12 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """cuDNN rounds float32 to TF32 unless told otherwise; that is its user's choice, not an error of ours."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return request.param

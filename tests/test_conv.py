@@ -17,12 +17,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    """cuDNN rounds float32 to TF32 unless told otherwise; that is its user's choice, not an error of ours."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def inputs(spatial, kernel, groups, dtype, device, param_dtype=None, channels_last=False):
     def draw(*shape, dtype=dtype):
         return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)

@@ -125,3 +125,19 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(error, match=message):
             dora_embedding(**{"ids": ids, **t, "scaling": 1.0, **change})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_embeddings_alone(device):
+    """As F.embedding: the result and the gradients are those without autocast, also when backward runs inside it."""
+    t = inputs(29, 40, 8, torch.float32, device)
+    ids = torch.randint(0, 29, (50,), device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = dora_embedding(ids, **t, scaling=0.5)
+        y.square().sum().backward()
+    ref = doubles(t)
+    ref_y = reference.embedding(ids.cpu(), **ref, scaling=0.5)
+    ref_y.square().sum().backward()
+    assert_close(y, ref_y, 1e-5, "y")
+    for name in GRADIENTS:
+        assert_close(t[name].grad, ref[name].grad, 1e-5, name)

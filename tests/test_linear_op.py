@@ -195,7 +195,6 @@ def test_given_norm_and_gain_are_used_and_not_returned_as_they_are(device):
     bias = case.layer["bias"]
     assert_close(doubled - bias, 2 * (y - bias), 1e-5)
     assert norm_out.numel() == gain_out.numel() == 0  # the caller has them
-    assert torch.equal(gain_out, 2 * gain)
 
 
 def test_inside_the_ops_nothing_is_recorded_or_recast(device):

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../inside_op.h"
 #include "faces.h"
 
 namespace dora_ext::cpu {
@@ -102,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward(const Tensor& grad_y, cons
                                                       const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm,
                                                       const Tensor& gain, double scaling, double embed_scale,
                                                       int64_t padding_idx, bool scale_grad_by_freq, int64_t mask) {
+  const InsideOp inside;
   const char* op = "dora_ext::embedding_backward";
   check_embedding(op, ids, weight, lora_A, lora_B, gain, scaling);
   check_feature(op, "norm", norm, lora_B.size(0), weight);

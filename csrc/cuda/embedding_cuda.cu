@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "../inside_op.h"
 #include "compose.cuh"
 #include "compose_backward.cuh"
 #include "embedding.cuh"
@@ -153,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_cuda(const Tensor& grad_y,
   check_shape(op, "grad_y", grad_y, shape);
   check_device(op, "grad_y", grad_y, "weight", weight);
   check_feature(op, "norm", norm, weight.size(1), weight);
+  const InsideOp inside;
   const c10::cuda::CUDAGuard guard(weight.device());
   const bool want_A = mask & 1, want_B = mask & 2, want_m = mask & 4;
   const int64_t tokens = ids.numel(), dim = weight.size(1);

@@ -1,0 +1,17 @@
+// For ops that are composed of library products.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace dora_ext {
+
+// The inner products neither record autograd (each op's gradient is an op of its own) nor get cast by autocast (the
+// caller has chosen the dtype).
+struct InsideOp {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard below_autocast{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace dora_ext
