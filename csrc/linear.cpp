@@ -1,26 +1,19 @@
 // DoRA's linear layer, whole, composed of library products (aten::mm) and of our own ops; registered once for all
 // backends. Symbols as in ops.cpp; tokens are the leading dimensions of x, flattened.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/DispatchKeySet.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "check.h"
+#include "cpu/narrow.h"
+#include "inside_op.h"
 
 namespace dora_ext {
 namespace {
-
-// The inner products neither record autograd (this op's gradient is linear_backward) nor get cast by autocast (the
-// caller has chosen the dtype).
-struct InsideOp {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard below_autocast{c10::autocast_dispatch_keyset};
-};
 
 template <typename Signature>
 auto find_op(const char* name) {
@@ -29,25 +22,26 @@ auto find_op(const char* name) {
 
 std::tuple<Tensor, Tensor> norm_op(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                    const Tensor& magnitude, double scaling, bool transposed) {
-  static auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                      double, bool)>("dora_ext::norm");
+  static auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool)>(
+          "dora_ext::norm");
   return op.call(weight, lora_A, lora_B, magnitude, scaling, transposed);
 }
 
 void compose_op_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
                  double scaling) {
-  static auto op = find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
-                                bool, bool)>("dora_ext::compose_");
+  static auto op =
+      find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool)>(
+          "dora_ext::compose_");
   op.call(base, h, lora_B, gain, bias, scaling, /*delta=*/false, /*channels_first=*/false);
 }
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                        const Tensor& gain, const OptionalTensor& bias,
                                                        bool saved_is_output) {
-  static auto op =
-      find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                 const OptionalTensor&, bool, bool, bool)>(
-          "dora_ext::compose_backward");
+  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                              const Tensor&, const OptionalTensor&, bool, bool, bool)>(
+      "dora_ext::compose_backward");
   return op.call(grad, saved, norm, gain, bias, saved_is_output, /*delta=*/false, /*channels_first=*/false);
 }
 
@@ -66,21 +60,38 @@ Tensor as_tokens(const Tensor& t) {
   return t.reshape({tokens, t.size(-1)});
 }
 
+// Where our own loops for narrow matrices beat the library.
+bool has_cpu_loops(const Tensor& t) {
+  return t.is_cpu() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
+// scaling * wide (tokens, features) narrow (features, r)
+Tensor product_with_narrow(const Tensor& wide, const Tensor& narrow, double scaling = 1) {
+  if (has_cpu_loops(wide)) return cpu::multiply_narrow(wide, narrow, scaling);
+  if (scaling == 1) return at::mm(wide, narrow);
+  return at::empty({wide.size(0), narrow.size(1)}, wide.options()).addmm_(wide, narrow, /*beta=*/0, scaling);
+}
+
 // left right, for the gradient of a parameter: in the parameter's dtype, and on CUDA not rounded to half precision on
 // the way there. (The CPU has no product with that result; it rounds once.)
 Tensor product_for(const Tensor& parameter, const Tensor& left, const Tensor& right) {
   const auto dtype = parameter.scalar_type();
   if (left.is_cuda() && left.scalar_type() != dtype && dtype == at::kFloat) return at::mm(left, right, dtype);
-  // On the CPU a narrow product (n, r) takes half the time as (r, n).
-  if (left.is_cpu() && right.size(1) < left.size(0)) return at::mm(right.t(), left.t()).t().contiguous().to(dtype);
   return at::mm(left, right).to(dtype);
+}
+
+// dB = s G^T h
+Tensor grad_of_B(const Tensor& lora_B, const Tensor& G, const Tensor& h, double scaling) {
+  if (has_cpu_loops(G)) return cpu::multiply_transposed_narrow(G, h, scaling).to(lora_B.scalar_type());
+  Tensor grad_B = product_for(lora_B, G.t(), h);
+  if (scaling != 1) grad_B.mul_(scaling);
+  return grad_B;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                                                           const Tensor& lora_B, const Tensor& magnitude,
                                                           const OptionalTensor& bias, const OptionalTensor& norm,
-                                                          const OptionalTensor& gain, double scaling,
-                                                          bool transposed) {
+                                                          const OptionalTensor& gain, double scaling, bool transposed) {
   const char* op = "dora_ext::linear_forward";
   InsideOp guard;
   check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
@@ -97,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const
   }
   const Tensor tokens = as_tokens(x);
   Tensor y = at::mm(tokens, transposed ? weight : weight.t());
-  const Tensor h = at::mm(tokens, lora_A.to(x.scalar_type()).t());
+  const Tensor h = product_with_narrow(tokens, lora_A.to(x.scalar_type()).t());
   compose_op_(y, h, lora_B, gain ? *gain : g, bias, scaling);
   auto shape = x.sizes().vec();
   shape.back() = y.size(1);
@@ -106,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     const Tensor& grad_y, const OptionalTensor& y, const Tensor& x, const Tensor& h, const Tensor& weight,
-    const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias,
-    const Tensor& norm, const Tensor& gain, double scaling, bool transposed, int64_t mask) {
+    const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias, const Tensor& norm,
+    const Tensor& gain, double scaling, bool transposed, int64_t mask) {
   const char* op = "dora_ext::linear_backward";
   InsideOp guard;
   check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
@@ -145,20 +156,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   grad_b = want_b ? grad_b.to(bias->scalar_type()) : none;
 
   Tensor P;
-  if (want_x || want_A) {
-    P = at::empty({tokens.size(0), lora_A.size(0)}, x.options());
-    P.addmm_(G, B, /*beta=*/0, /*alpha=*/scaling);
-  }
+  if (want_x || want_A) P = product_with_narrow(G, B, scaling);
   if (want_x) {
     grad_x = at::mm(G, transposed ? weight.t() : weight);
     grad_x.addmm_(P, lora_A.to(dtype));
     grad_x = grad_x.view(x.sizes());
   }
   if (want_A) grad_A = product_for(lora_A, P.t(), tokens);
-  if (want_B) {
-    grad_B = product_for(lora_B, G.t(), h);
-    if (scaling != 1) grad_B.mul_(scaling);
-  }
+  if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   return {grad_x, grad_A, grad_B, grad_m, grad_b};
 }
 

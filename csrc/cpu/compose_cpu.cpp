@@ -70,8 +70,8 @@ void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Te
     at::parallel_for(0, l.outer, grain(size), [&](int64_t begin, int64_t end) {
       std::vector<Acc> panels(count * r * loops.panel);
       for (int64_t o = begin; o < end; ++o) {
-        loops.pack(panels.data(), hp + o * r * l.inner, l.inner, 1, r, l.inner, static_cast<Acc>(scaling), nullptr, 0,
-                   count);
+        loops.pack(panels.data(), loops.panel, hp + o * r * l.inner, l.inner, 1, r, l.inner, static_cast<Acc>(scaling),
+                   nullptr, 0, count);
         const LowRank<Acc> low{data<Acc>(C), r, 1, r, panels.data()};
         loops.compose_by_row(to + o * size, from + o * size, l.features, l.inner, low, mp, ap);
       }
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Te
                                                     bool saved_is_output, bool delta, bool channels_first) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
   if (stored_features_last(grad, channels_first)) {
-    auto [G, dm, db] = compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output,
-                                        delta, false);
+    auto [G, dm, db] =
+        compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output, delta, false);
     return {G.movedim(-1, 1), dm, db};
   }
   // Fixed blocks of rows, so that bits do not depend on threads; no more than kMostBlocks partial sums.

@@ -123,9 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward(const Tensor& grad_y, cons
     if (mask & 2) grad_B = E.mul(g.unsqueeze(1)).mul_(scaling).to(lora_B.scalar_type()).contiguous();
     if (mask & 4) {
       const Tensor sum = at::empty_like(n);
-      dispatch(dtype, [&](auto element) {
-        dot_with_weight<decltype(element)>(grad, weight.contiguous(), list, sum);
-      });
+      dispatch(dtype, [&](auto element) { dot_with_weight<decltype(element)>(grad, weight.contiguous(), list, sum); });
       grad_m = sum.add_(E.mul(B).sum(1), scaling).mul_(embed_scale).div_(n).masked_fill_(n.le(0), 0);
     }
   }

@@ -16,11 +16,16 @@ namespace dora_ext::cpu {
 template <typename F>
 void dispatch(at::ScalarType dtype, F f) {
   switch (dtype) {
-    case at::kFloat: return f(float());
-    case at::kDouble: return f(double());
-    case at::kBFloat16: return f(BFloat16());
-    case at::kHalf: return f(Float16());
-    default: TORCH_CHECK_TYPE(false, "dora_ext: expected a float dtype, got ", dtype);
+    case at::kFloat:
+      return f(float());
+    case at::kDouble:
+      return f(double());
+    case at::kBFloat16:
+      return f(BFloat16());
+    case at::kHalf:
+      return f(Float16());
+    default:
+      TORCH_CHECK_TYPE(false, "dora_ext: expected a float dtype, got ", dtype);
   }
 }
 
@@ -29,25 +34,31 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Work items that are worth a thread, when one takes `cost` elementary steps.
-inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)); }
+inline int64_t grain(int64_t cost) {
+  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost));
+}
 
-inline Tensor contiguous_as(const Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+inline Tensor contiguous_as(const Tensor& t, at::ScalarType dtype) {
+  return t.to(dtype).contiguous();
+}
 
 // m (r, columns), of the accumulator's dtype and any strides, times scale and, if there is one, times column_scale
-// (columns,); packed for LowRank.
+// (columns,); packed in panels of `width` columns, `panel` of them for LowRank.
 template <typename T>
-Tensor pack(const Tensor& m, double scale, const Tensor* column_scale = nullptr) {
+Tensor pack(const Tensor& m, double scale, const Tensor* column_scale = nullptr, int64_t width = kernels<T>().panel) {
   using A = acc_type<T>;
   const auto& loops = kernels<T>();
-  const int64_t r = m.size(0), columns = m.size(1), count = divide_up(columns, loops.panel);
-  Tensor panels = at::empty({count * r * loops.panel}, m.options());
+  const int64_t r = m.size(0), columns = m.size(1), count = divide_up(columns, width);
+  Tensor panels = at::empty({count * r * width}, m.options());
   A* to = data<A>(panels);
   const A *from = data<A>(m), *by = column_scale ? data<A>(*column_scale) : nullptr;
-  at::parallel_for(0, count, grain(r * loops.panel), [&](int64_t begin, int64_t end) {
-    loops.pack(to, from, m.stride(0), m.stride(1), r, columns, static_cast<A>(scale), by, begin, end);
+  at::parallel_for(0, count, grain(r * width), [&](int64_t begin, int64_t end) {
+    loops.pack(to, width, from, m.stride(0), m.stride(1), r, columns, static_cast<A>(scale), by, begin, end);
   });
   return panels;
 }

@@ -36,15 +36,21 @@ struct LowRank {
 template <typename T, typename A = acc_type<T>>
 struct Kernels {
   int64_t panel;  // columns of a panel
+  int64_t lanes;  // accumulators in a vector
 
   // Panels [begin, end) of M[k, j] * scale * column_scale[j]; m at k * k_stride + j * column_stride; column_scale may
-  // be null. Panel p is (r, panel), columns past the end zero.
-  void (*pack)(A* panels, const A* m, int64_t k_stride, int64_t column_stride, int64_t r, int64_t columns, A scale,
-               const A* column_scale, int64_t begin, int64_t end);
+  // be null. Panel p is (r, width), columns past the end zero; width is `panel` for LowRank.
+  void (*pack)(A* panels, int64_t width, const A* m, int64_t k_stride, int64_t column_stride, int64_t r,
+               int64_t columns, A scale, const A* column_scale, int64_t begin, int64_t end);
   // sums[i] = sum_j (w[i, j] + (C M)[i, j])^2;  w (rows, columns) with row stride ld.
   void (*square_rows)(double* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
   // sums[j] += sum_i (w[i, j] + (C M)[i, j])^2
   void (*square_columns)(A* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
+  // out (rows, r) = x N; x (rows, columns) with row stride ld, N (columns, r) packed in panels of `vectors` vectors, 1
+  // to
+  // 4. Float and double only.
+  void (*multiply_narrow)(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const A* panels, int64_t r,
+                          int64_t vectors);
   // y = base * mul[j] + add[j] + C M;  y, base (rows, columns) contiguous, may be the same.
   void (*compose_by_column)(T* y, const T* base, int64_t rows, int64_t columns, LowRank<A> low, const A* mul,
                             const A* add);

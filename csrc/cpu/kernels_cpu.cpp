@@ -8,9 +8,9 @@
 
 namespace dora_ext::cpu {
 
-#define DORA_EXT_DECLARE(T) \
+#define DORA_EXT_DECLARE(T)              \
   const Kernels<T>& baseline_kernels(T); \
-  const Kernels<T>& avx2_kernels(T); \
+  const Kernels<T>& avx2_kernels(T);     \
   const Kernels<T>& avx512_kernels(T);
 DORA_EXT_DECLARE(float)
 DORA_EXT_DECLARE(double)
@@ -34,11 +34,11 @@ const Kernels<T>& choose() {
 
 }  // namespace
 
-#define DORA_EXT_CHOOSE(T) \
-  template <> \
-  const Kernels<T>& kernels<T>() { \
+#define DORA_EXT_CHOOSE(T)                         \
+  template <>                                      \
+  const Kernels<T>& kernels<T>() {                 \
     static const Kernels<T>& chosen = choose<T>(); \
-    return chosen; \
+    return chosen;                                 \
   }
 DORA_EXT_CHOOSE(float)
 DORA_EXT_CHOOSE(double)

@@ -9,23 +9,25 @@ namespace INSTRUCTION_SET {
 // Columns of panels that are swept before the rows move on, so that large ranks stay in the L2 cache.
 constexpr int64_t kPanelBytes = 512 * 1024;
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <typename T>
 constexpr int64_t kPanel = TILE_VECTORS * kLanes<T>;
 
 template <typename T>
-void pack(acc_type<T>* panels, const acc_type<T>* m, int64_t k_stride, int64_t column_stride, int64_t r,
+void pack(acc_type<T>* panels, int64_t width, const acc_type<T>* m, int64_t k_stride, int64_t column_stride, int64_t r,
           int64_t columns, acc_type<T> scale, const acc_type<T>* column_scale, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
-    acc_type<T>* panel = panels + p * r * kPanel<T>;
-    const int64_t first = p * kPanel<T>, width = min(kPanel<T>, columns - first);
-    for (int64_t j = 0; j < width; ++j) {
+    acc_type<T>* panel = panels + p * r * width;
+    const int64_t first = p * width, used = min(width, columns - first);
+    for (int64_t j = 0; j < used; ++j) {
       const acc_type<T> by = column_scale ? scale * column_scale[first + j] : scale;
-      for (int64_t k = 0; k < r; ++k) panel[k * kPanel<T> + j] = by * m[k * k_stride + (first + j) * column_stride];
+      for (int64_t k = 0; k < r; ++k) panel[k * width + j] = by * m[k * k_stride + (first + j) * column_stride];
     }
-    for (int64_t j = width; j < kPanel<T>; ++j)
-      for (int64_t k = 0; k < r; ++k) panel[k * kPanel<T> + j] = 0;
+    for (int64_t j = used; j < width; ++j)
+      for (int64_t k = 0; k < r; ++k) panel[k * width + j] = 0;
   }
 }
 
@@ -68,8 +70,7 @@ inline void for_tiles(int64_t rows, int64_t columns, int64_t r, Work& work) {
   for (int64_t block = 0; block < panels; block += per_block) {
     const int64_t block_end = min(block + per_block, panels);
     int64_t row = 0;
-    for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
-      work.template sweep<TILE_ROWS>(row, block, block_end, columns);
+    for (; row + TILE_ROWS <= rows; row += TILE_ROWS) work.template sweep<TILE_ROWS>(row, block, block_end, columns);
     for (; row < rows; ++row) work.template sweep<1>(row, block, block_end, columns);
   }
 }
@@ -195,29 +196,40 @@ void compose(T* y, const T* base, int64_t rows, int64_t columns, LowRank<acc_typ
   for_tiles<T>(rows, columns, low.r, work);
 }
 
-// R rows at once, so that the sums are read and written once for all of them.
+// R rows and one vector of columns: the sums are read and written once for all rows, and every load comes before the
+// first store, because rows a multiple of 4 KiB apart would make a load wait for the store before it.
+template <typename T, int R, bool Full>
+inline void backward_strip(T* G, const T* grad, const T* saved, int64_t columns, const acc_type<T>* mul,
+                           const acc_type<T>* sub, acc_type<T>* sums, int64_t j) {
+  using Wide = Tile<T, R, Full>;
+  using Small = Tile<acc_type<T>, R, Full>;
+  const int64_t width = columns - j;
+  const Vector<T> m = Small::load_at(mul + j, 0, width), c = Small::load_at(sub + j, 0, width);
+  Vector<T> product = Small::load_at(sums + j, 0, width), plain = Small::load_at(sums + columns + j, 0, width);
+  Vector<T> d[R];
+  for (int i = 0; i < R; ++i) {
+    d[i] = Wide::load_at(grad + i * columns + j, 0, width);
+    product += d[i] * (Wide::load_at(saved + i * columns + j, 0, width) - c);
+    plain += d[i];
+  }
+  Small::store_at(sums + j, 0, width, product);
+  Small::store_at(sums + columns + j, 0, width, plain);
+  for (int i = 0; i < R; ++i) Wide::store_at(G + i * columns + j, 0, width, d[i] * m);
+}
+
 template <typename T, int R>
 inline void backward_rows(T* G, const T* grad, const T* saved, int64_t columns, const acc_type<T>* mul,
                           const acc_type<T>* sub, acc_type<T>* sums) {
-  for (int64_t j = 0; j < columns; j += kLanes<T>) {
-    const int64_t width = columns - j;
-    const Vector<T> m = load_first(mul + j, width), c = load_first(sub + j, width);
-    Vector<T> product = load_first(sums + j, width), plain = load_first(sums + columns + j, width);
-    for (int i = 0; i < R; ++i) {
-      const Vector<T> d = load_first(grad + i * columns + j, width), v = load_first(saved + i * columns + j, width);
-      product += d * (v - c);
-      plain += d;
-      store_first(G + i * columns + j, d * m, width);
-    }
-    store_first(sums + j, product, width);
-    store_first(sums + columns + j, plain, width);
-  }
+  int64_t j = 0;
+  for (; j + kLanes<T> <= columns; j += kLanes<T>)
+    backward_strip<T, R, true>(G, grad, saved, columns, mul, sub, sums, j);
+  if (j < columns) backward_strip<T, R, false>(G, grad, saved, columns, mul, sub, sums, j);
 }
 
 template <typename T>
 void backward_by_column(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const acc_type<T>* mul,
                         const acc_type<T>* sub, acc_type<T>* sums) {
-  constexpr int R = 4;
+  constexpr int R = 8;
   int64_t i = 0;
   for (; i + R <= rows; i += R)
     backward_rows<T, R>(G + i * columns, grad + i * columns, saved + i * columns, columns, mul, sub, sums);
@@ -242,18 +254,20 @@ void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t 
   }
 }
 
+#include "narrow_loops.h"
+
 template <typename T>
 Kernels<T> table() {
-  return {kPanel<T>,         pack<T>,          square_rows<T>,        square_columns<T>,
-          compose<T, false>, compose<T, true>, backward_by_column<T>, backward_by_row<T>};
+  return {kPanel<T>,          kLanes<T>,         pack<T>,          square_rows<T>,        square_columns<T>,
+          multiply_narrow<T>, compose<T, false>, compose<T, true>, backward_by_column<T>, backward_by_row<T>};
 }
 
 }  // namespace INSTRUCTION_SET
 
-#define DORA_EXT_TABLE_(set, T) \
-  const Kernels<T>& set##_kernels(T) { \
+#define DORA_EXT_TABLE_(set, T)                        \
+  const Kernels<T>& set##_kernels(T) {                 \
     static const Kernels<T> kernels = set::table<T>(); \
-    return kernels; \
+    return kernels;                                    \
   }
 #define DORA_EXT_TABLE(set, T) DORA_EXT_TABLE_(set, T)
 DORA_EXT_TABLE(INSTRUCTION_SET, float)

@@ -89,8 +89,12 @@ inline FloatVector load(const T* p) {
   return widen(h, T());
 }
 
-inline void store(float* p, FloatVector v) { __builtin_memcpy(p, &v, sizeof(v)); }
-inline void store(double* p, DoubleVector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline void store(float* p, FloatVector v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+inline void store(double* p, DoubleVector v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
 template <typename T>
 inline void store(T* p, FloatVector v) {
   const HalfwordVector h = narrow(v, T());

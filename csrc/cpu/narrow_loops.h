@@ -1,0 +1,54 @@
+// A wide matrix times a narrow one, x (rows, columns) N (columns, r), for one instruction set; included by loops.h. The
+// ranks lie along the vectors and x is broadcast element by element as it is stored: libraries, which copy x into
+// panels of their own first, take about twice the time for this shape.
+
+constexpr int kMostVectors = 4;      // of ranks at once
+constexpr int64_t kSumLength = 512;  // of one chain of additions: long float chains lose bits
+
+// out[i, j] = sum_k x[i, k] panel[k, j] for R rows and NV vectors of ranks, of which `width` numbers exist.
+template <typename T, int R, int NV>
+inline void narrow_tile(T* out, int64_t out_ld, const T* x, int64_t ld, int64_t columns, const T* panel,
+                        int64_t width) {
+  using V = Vector<T>;
+  V total[R][NV] = {};
+  for (int64_t first = 0; first < columns; first += kSumLength) {
+    V sum[R][NV] = {};
+    const int64_t end = min(first + kSumLength, columns);
+    for (int64_t k = first; k < end; ++k) {
+      V n[NV];
+      for (int v = 0; v < NV; ++v) n[v] = load(panel + (k * NV + v) * kLanes<T>);
+      for (int i = 0; i < R; ++i) {
+        const V xi = x[i * ld + k] - V{};
+        for (int v = 0; v < NV; ++v) sum[i][v] += xi * n[v];
+      }
+    }
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < NV; ++v) total[i][v] += sum[i][v];
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < NV; ++v) store_first(out + i * out_ld + v * kLanes<T>, total[i][v], width - v * kLanes<T>);
+}
+
+template <typename T, int NV>
+inline void narrow_panels(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const T* panels, int64_t r) {
+  // As many sums as a tile of the other loops has, but at least the 8 chains that hide an addition's latency.
+  constexpr int R = NV == 1 ? 8 : NV == 2 ? TILE_ROWS : TILE_ROWS / 2;
+  for (int64_t first = 0; first < r; first += NV * kLanes<T>, panels += columns * NV * kLanes<T>) {
+    int64_t i = 0;
+    for (; i + R <= rows; i += R)
+      narrow_tile<T, R, NV>(out + i * r + first, r, x + i * ld, ld, columns, panels, r - first);
+    for (; i < rows; ++i) narrow_tile<T, 1, NV>(out + i * r + first, r, x + i * ld, ld, columns, panels, r - first);
+  }
+}
+
+// The half-precision types are left to the library, whose products of them use other instructions.
+template <typename T>
+void multiply_narrow(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const acc_type<T>* panels,
+                     int64_t r, int64_t vectors) {
+  if constexpr (sizeof(T) == sizeof(acc_type<T>)) {
+    if (vectors == 1) return narrow_panels<T, 1>(out, x, ld, rows, columns, panels, r);
+    if (vectors == 2) return narrow_panels<T, 2>(out, x, ld, rows, columns, panels, r);
+    if (vectors == 3) return narrow_panels<T, 3>(out, x, ld, rows, columns, panels, r);
+    narrow_panels<T, kMostVectors>(out, x, ld, rows, columns, panels, r);
+  }
+}
