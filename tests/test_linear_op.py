@@ -226,7 +226,11 @@ def broken(**change):
         (broken(weight=lambda t: t.to(torch.complex64)), TypeError, "weight: expected bfloat16"),
         (broken(weight=lambda t: t[None]), ValueError, "weight: expected 2 dimensions"),
         (broken(lora_A=lambda t: t[:, 1:]), ValueError, r"lora_A: expected shape \(r, 40\)"),
-        (broken(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]), ValueError, "lora_A: expected a rank of at least 1"),
+        (
+            broken(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
+            ValueError,
+            "lora_A: expected a rank of at least 1",
+        ),
         (broken(lora_B=lambda t: t[:, 1:]), ValueError, r"lora_B: expected shape \(56, 4\)"),
         (broken(magnitude=lambda t: t[1:]), ValueError, r"magnitude: expected shape \[56\]"),
         (broken(bias=lambda t: t[1:]), ValueError, r"bias: expected shape \[56\]"),
