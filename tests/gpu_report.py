@@ -9,6 +9,7 @@ python tests/gpu_report.py --check           does the report belong to these sou
 import argparse
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -89,7 +90,10 @@ def count(xml: Path) -> dict:
 
 def run_suite(work: Path) -> dict:
     xml, start = work / "suite.xml", time.monotonic()
-    subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q"], cwd=ROOT, check=False)
+    # Minutes on a GPU machine are dear: pytest-xdist, where it is installed, shares the suite among the cores.
+    workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q", *workers]
+    subprocess.run(command, cwd=ROOT, check=False)
     return {**count(xml), "seconds": round(time.monotonic() - start)}
 
 
