@@ -15,7 +15,7 @@ def pytest_report_header():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sample", type=int, metavar="N", help="of each test, run N of its parameter sets, always the same")
+    parser.addoption("--sample", type=int, metavar="N", help="run N parameter sets of each test, always the same")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
