@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import OrderedDict
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +13,12 @@ from dora_ext.testing import assert_close
 
 
 def gpt2_conv1d() -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(10, 12)
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(10, 12)
 
 
 def gemma_embedding() -> nn.Module:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    return Gemma3TextScaledWordEmbedding(20, 8, padding_idx=0, embed_scale=2.5)
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    return gemma.Gemma3TextScaledWordEmbedding(20, 8, padding_idx=0, embed_scale=2.5)
 
 
 # name: (base layer, shape of its input; () for ids)
