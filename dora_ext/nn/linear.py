@@ -97,9 +97,6 @@ class DoraLinear(DoraBase):
         delta = self.scaling * (lora_B @ lora_A)
         return gain * (weight + delta.T) if self.transposed else gain[:, None] * (weight + delta)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.T if self.transposed else weight, bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         weight = self.merged_weight if self.merged else self._dense_weight()
@@ -110,16 +107,18 @@ class DoraLinear(DoraBase):
     def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
         bias = self.bias
         if self.merged:
-            return self._product(x, weight, bias)
+            return F.linear(x, weight.T if self.transposed else weight, bias)
         adapter = (*self._factors(), self.magnitude)
         norm, gain = self._norm_and_gain(weight, *adapter)
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        y = dora_linear(
-            dropped, weight, *adapter, None if dropped is not x else bias,
-            scaling=self.scaling, transposed=self.transposed, norm=norm, gain=gain,
-        )  # fmt: skip
-        # What dropout took away still goes through the base layer.
-        return y if dropped is x else y + self._product(x - dropped, weight, bias)
+        options = {"scaling": self.scaling, "transposed": self.transposed, "norm": norm, "gain": gain}
+        if not (self.training and self.dropout):
+            return dora_linear(x, weight, *adapter, bias, **options)
+        dropped = F.dropout(x, self.dropout)
+        y = dora_linear(dropped, weight, *adapter, bias, **options)
+        # What dropout took away still goes through the base layer, added inside the product: one rounding less.
+        rest = (x - dropped).reshape(-1, self.in_features)
+        weight_t = weight if self.transposed else weight.T
+        return torch.addmm(y.reshape(-1, self.out_features), rest, weight_t).view_as(y)
 
     def to_base(self) -> nn.Module:
         """A plain layer with the adapter folded into its weight: of the base layer's type, or torch.nn.Linear in place
