@@ -72,6 +72,11 @@ Tensor product_with_narrow(const Tensor& wide, const Tensor& narrow, double scal
   return at::empty({wide.size(0), narrow.size(1)}, wide.options()).addmm_(wide, narrow, /*beta=*/0, scaling);
 }
 
+// sum += left (tokens, r) right (r, features)
+void add_narrow_product_(Tensor& sum, const Tensor& left, const Tensor& right) {
+  has_cpu_loops(sum) ? cpu::add_narrow_product_(sum, left, right) : static_cast<void>(sum.addmm_(left, right));
+}
+
 // left right, for the gradient of a parameter: in the parameter's dtype, and on CUDA not rounded to half precision on
 // the way there. (The CPU has no product with that result; it rounds once.)
 Tensor product_for(const Tensor& parameter, const Tensor& left, const Tensor& right) {
@@ -107,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const
     std::tie(n, g) = norm_op(weight, lora_A, lora_B, magnitude, scaling, transposed);
   }
   const Tensor tokens = as_tokens(x);
-  Tensor y = at::mm(tokens, transposed ? weight : weight.t());
   const Tensor h = product_with_narrow(tokens, lora_A.to(x.scalar_type()).t());
+  Tensor y = at::mm(tokens, transposed ? weight : weight.t());
   compose_op_(y, h, lora_B, gain ? *gain : g, bias, scaling);
   auto shape = x.sizes().vec();
   shape.back() = y.size(1);
@@ -157,13 +162,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
 
   Tensor P;
   if (want_x || want_A) P = product_with_narrow(G, B, scaling);
+  // The small products first, while G is still in a cache.
+  if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
+  if (want_A) grad_A = product_for(lora_A, P.t(), tokens);
   if (want_x) {
     grad_x = at::mm(G, transposed ? weight.t() : weight);
-    grad_x.addmm_(P, lora_A.to(dtype));
+    add_narrow_product_(grad_x, P, lora_A.to(dtype));
     grad_x = grad_x.view(x.sizes());
   }
-  if (want_A) grad_A = product_for(lora_A, P.t(), tokens);
-  if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   return {grad_x, grad_A, grad_B, grad_m, grad_b};
 }
 

@@ -22,9 +22,15 @@ void pack(acc_type<T>* panels, int64_t width, const acc_type<T>* m, int64_t k_st
   for (int64_t p = begin; p < end; ++p) {
     acc_type<T>* panel = panels + p * r * width;
     const int64_t first = p * width, used = min(width, columns - first);
-    for (int64_t j = 0; j < used; ++j) {
-      const acc_type<T> by = column_scale ? scale * column_scale[first + j] : scale;
-      for (int64_t k = 0; k < r; ++k) panel[k * width + j] = by * m[k * k_stride + (first + j) * column_stride];
+    if (column_stride == 1) {  // in the order in which m is stored
+      for (int64_t k = 0; k < r; ++k)
+        for (int64_t j = 0; j < used; ++j)
+          panel[k * width + j] = (column_scale ? scale * column_scale[first + j] : scale) * m[k * k_stride + first + j];
+    } else {
+      for (int64_t j = 0; j < used; ++j) {
+        const acc_type<T> by = column_scale ? scale * column_scale[first + j] : scale;
+        for (int64_t k = 0; k < r; ++k) panel[k * width + j] = by * m[k * k_stride + (first + j) * column_stride];
+      }
     }
     for (int64_t j = used; j < width; ++j)
       for (int64_t k = 0; k < r; ++k) panel[k * width + j] = 0;

@@ -1,6 +1,7 @@
 #include "narrow.h"
 
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
 
 #include "faces.h"
 
@@ -44,6 +45,11 @@ Tensor multiply_transposed_narrow(const Tensor& wide, const Tensor& narrow, doub
   dispatch_wide(wide,
                 [&](auto element) { out = pack<decltype(element)>(turned.t(), scaling, nullptr, narrow.size(1)); });
   return out.view({wide.size(1), narrow.size(1)});
+}
+
+void add_narrow_product_(const Tensor& sum, const Tensor& left, const Tensor& right) {
+  const Tensor ones = at::ones({sum.size(1)}, sum.options());
+  compose_into(sum, sum, left, right.t(), ones, std::nullopt, 1, /*delta=*/false, /*channels_first=*/false);
 }
 
 }  // namespace dora_ext::cpu
