@@ -313,6 +313,35 @@ def test_meta_device(name):
     assert_same(run(by_assigning.train(), x), run(expected, x), 0)
 
 
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_fully_sharded(name, one_rank):
+    """FSDP2: parameters are DTensors between forwards; training steps, norms and merging are those of a plain layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    expected, x = make_layer(name), make_input(name)
+    sharded = copy.deepcopy(expected)
+    fully_shard(sharded, mesh=one_rank)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (expected, sharded)]
+    for _ in range(3):
+        for layer, optimizer in zip((expected, sharded), optimizers, strict=True):
+            run(layer, x)
+            optimizer.step()
+        assert_close(sharded(x), expected(x), 1e-6)
+        sharded.reshard()  # FSDP2 leaves its outermost module whole after a forward
+    assert type(sharded.magnitude).__name__ != "Parameter"
+    assert_close(sharded.weight_norm(), expected.weight_norm(), 1e-6)
+    for layer in (expected, sharded):
+        layer.merge()
+    assert_close(sharded(x), expected(x), 1e-6)
+
+
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d", "embedding"])
 def test_empty_batch(name):
     layer = make_layer(name)
