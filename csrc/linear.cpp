@@ -72,11 +72,6 @@ Tensor product_with_narrow(const Tensor& wide, const Tensor& narrow, double scal
   return at::empty({wide.size(0), narrow.size(1)}, wide.options()).addmm_(wide, narrow, /*beta=*/0, scaling);
 }
 
-// sum += left (tokens, r) right (r, features)
-void add_narrow_product_(Tensor& sum, const Tensor& left, const Tensor& right) {
-  has_cpu_loops(sum) ? cpu::add_narrow_product_(sum, left, right) : static_cast<void>(sum.addmm_(left, right));
-}
-
 // left right, for the gradient of a parameter: in the parameter's dtype, and on CUDA not rounded to half precision on
 // the way there. (The CPU has no product with that result; it rounds once.)
 Tensor product_for(const Tensor& parameter, const Tensor& left, const Tensor& right) {
@@ -166,8 +161,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   if (want_A) grad_A = product_for(lora_A, P.t(), tokens);
   if (want_x) {
-    grad_x = at::mm(G, transposed ? weight.t() : weight);
-    add_narrow_product_(grad_x, P, lora_A.to(dtype));
+    const Tensor W = transposed ? weight.t() : weight, A = lora_A.to(dtype);
+    // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more.
+    grad_x = x.is_cpu() ? at::mm(P, A).addmm_(G, W) : at::mm(G, W).addmm_(P, A);
     grad_x = grad_x.view(x.sizes());
   }
   return {grad_x, grad_A, grad_B, grad_m, grad_b};

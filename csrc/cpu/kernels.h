@@ -46,9 +46,8 @@ struct Kernels {
   void (*square_rows)(double* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
   // sums[j] += sum_i (w[i, j] + (C M)[i, j])^2
   void (*square_columns)(A* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
-  // out (rows, r) = x N; x (rows, columns) with row stride ld, N (columns, r) packed in panels of `vectors` vectors, 1
-  // to
-  // 4. Float and double only.
+  // out (rows, r) = x N; x (rows, columns) with row stride ld, N (columns, r) packed in panels of one or two
+  // `vectors`. Float and double only.
   void (*multiply_narrow)(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const A* panels, int64_t r,
                           int64_t vectors);
   // y = base * mul[j] + add[j] + C M;  y, base (rows, columns) contiguous, may be the same.

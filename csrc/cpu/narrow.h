@@ -11,7 +11,4 @@ at::Tensor multiply_narrow(const at::Tensor& wide, const at::Tensor& narrow, dou
 // scaling * wide^T narrow, (columns, r), of wide (rows, columns) and narrow (rows, r)
 at::Tensor multiply_transposed_narrow(const at::Tensor& wide, const at::Tensor& narrow, double scaling);
 
-// sum (rows, columns) += left (rows, r) right (r, columns); sum contiguous
-void add_narrow_product_(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right);
-
 }  // namespace dora_ext::cpu

@@ -1,7 +1,6 @@
 #include "narrow.h"
 
 #include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
 
 #include "faces.h"
 
@@ -17,7 +16,7 @@ void dispatch_wide(const Tensor& t, F f) {
 }  // namespace
 
 Tensor multiply_narrow(const Tensor& wide, const Tensor& narrow, double scaling) {
-  constexpr int64_t kMostVectors = 4;
+  constexpr int64_t kMostVectors = 2;  // more would stream the panel from the L2 cache for too few rows
   const Tensor x = wide.stride(1) == 1 ? wide : wide.contiguous();
   const int64_t rows = x.size(0), columns = x.size(1), r = narrow.size(1), ld = x.stride(0);
   const Tensor out = at::empty({rows, r}, x.options());
@@ -45,11 +44,6 @@ Tensor multiply_transposed_narrow(const Tensor& wide, const Tensor& narrow, doub
   dispatch_wide(wide,
                 [&](auto element) { out = pack<decltype(element)>(turned.t(), scaling, nullptr, narrow.size(1)); });
   return out.view({wide.size(1), narrow.size(1)});
-}
-
-void add_narrow_product_(const Tensor& sum, const Tensor& left, const Tensor& right) {
-  const Tensor ones = at::ones({sum.size(1)}, sum.options());
-  compose_into(sum, sum, left, right.t(), ones, std::nullopt, 1, /*delta=*/false, /*channels_first=*/false);
 }
 
 }  // namespace dora_ext::cpu

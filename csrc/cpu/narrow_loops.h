@@ -2,7 +2,6 @@
 // ranks lie along the vectors and x is broadcast element by element as it is stored: libraries, which copy x into
 // panels of their own first, take about twice the time for this shape.
 
-constexpr int kMostVectors = 4;      // of ranks at once
 constexpr int64_t kSumLength = 512;  // of one chain of additions: long float chains lose bits
 
 // out[i, j] = sum_k x[i, k] panel[k, j] for R rows and NV vectors of ranks, of which `width` numbers exist.
@@ -32,7 +31,7 @@ inline void narrow_tile(T* out, int64_t out_ld, const T* x, int64_t ld, int64_t 
 template <typename T, int NV>
 inline void narrow_panels(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const T* panels, int64_t r) {
   // As many sums as a tile of the other loops has, but at least the 8 chains that hide an addition's latency.
-  constexpr int R = NV == 1 ? 8 : NV == 2 ? TILE_ROWS : TILE_ROWS / 2;
+  constexpr int R = NV == 1 ? 8 : TILE_ROWS;
   for (int64_t first = 0; first < r; first += NV * kLanes<T>, panels += columns * NV * kLanes<T>) {
     int64_t i = 0;
     for (; i + R <= rows; i += R)
@@ -47,8 +46,6 @@ void multiply_narrow(T* out, const T* x, int64_t ld, int64_t rows, int64_t colum
                      int64_t r, int64_t vectors) {
   if constexpr (sizeof(T) == sizeof(acc_type<T>)) {
     if (vectors == 1) return narrow_panels<T, 1>(out, x, ld, rows, columns, panels, r);
-    if (vectors == 2) return narrow_panels<T, 2>(out, x, ld, rows, columns, panels, r);
-    if (vectors == 3) return narrow_panels<T, 3>(out, x, ld, rows, columns, panels, r);
-    narrow_panels<T, kMostVectors>(out, x, ld, rows, columns, panels, r);
+    narrow_panels<T, 2>(out, x, ld, rows, columns, panels, r);
   }
 }
