@@ -10,54 +10,65 @@
 TORCH_LIBRARY(dora_ext, m) {
   // n and g. W in any of the four float dtypes; A and B are cast to W's dtype, products and sums run in fp32
   // (fp64 for fp64). `transposed`: W is (in, out), as in GPT-2's Conv1D and in embeddings.
-  m.def("norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed=False)"
-        " -> (Tensor norm, Tensor gain)");
+  m.def(
+      "norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed=False)"
+      " -> (Tensor norm, Tensor gain)");
   // The same through a cache that checks itself on the device, without synchronising: `fingerprint` (int64[4]:
   // stored hash, running hash, ticket, number of norms computed) covers all bits of A and B and a sample of every
   // row and column of W; only when it differs are the norms in `cached` (out,) computed again. Returns fresh copies.
-  m.def("norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
-        " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
+  m.def(
+      "norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
+      " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
 
   // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
-  m.def("linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
-        " Tensor? norm, Tensor? gain, float scaling, bool transposed=False)"
-        " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
+  m.def(
+      "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
+      " Tensor? norm, Tensor? gain, float scaling, bool transposed=False)"
+      " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
   // mask: bit 0 x, 1 lora_A, 2 lora_B, 3 magnitude, 4 bias. y, the saved output, serves to find u again; without
   // it (None: not saved, or overwritten since) u is computed once more, if the magnitude's gradient is asked for.
-  m.def("linear_backward(Tensor grad_y, Tensor? y, Tensor x, Tensor h, Tensor weight, Tensor lora_A, Tensor lora_B,"
-        " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, bool transposed, int mask)"
-        " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
+  m.def(
+      "linear_backward(Tensor grad_y, Tensor? y, Tensor x, Tensor h, Tensor weight, Tensor lora_A, Tensor lora_B,"
+      " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, bool transposed, int mask)"
+      " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
 
   // The pass over the output. Features are the last dimension, or dimension 1 when `channels_first`; h holds r in
   // the same place. base = x W^T (no bias):      y = g * (base + s h B^T) + bias
   // delta (base already holds the bias; what a DoRA adds to a base layer's result):
   //                                             y = (g - 1) * (base - bias) + g * s h B^T
-  m.def("compose(Tensor base, Tensor h, Tensor lora_B, Tensor gain, Tensor? bias, float scaling, bool delta=False,"
-        " bool channels_first=False) -> Tensor");
-  m.def("compose_(Tensor(a!) base, Tensor h, Tensor lora_B, Tensor gain, Tensor? bias, float scaling,"
-        " bool delta=False, bool channels_first=False) -> ()");
+  m.def(
+      "compose(Tensor base, Tensor h, Tensor lora_B, Tensor gain, Tensor? bias, float scaling, bool delta=False,"
+      " bool channels_first=False) -> Tensor");
+  m.def(
+      "compose_(Tensor(a!) base, Tensor h, Tensor lora_B, Tensor gain, Tensor? bias, float scaling,"
+      " bool delta=False, bool channels_first=False) -> ()");
   // The pass over the output's gradient, with a = g (g - 1 when delta):   G = a * grad,   grad_bias = sum grad
   //   saved_is_output: saved = y, so u = (y - bias) / g:  grad_magnitude = sum grad * u / n  where |g| >= 1/16; below
   //                    that y has lost bits of u, the entry is left 0 and magnitude_grad_recover_ fills it in
   //   otherwise        saved = base (bias is taken off it):  grad_magnitude = sum grad * (saved - bias) / n, the part
   //                    without the adapter's s h B^T
   // n = 0 gives 0. grad_magnitude and grad_bias are norm's dtype. Sums over tokens are two-stage: same bits each time.
-  m.def("compose_backward(Tensor grad, Tensor saved, Tensor norm, Tensor gain, Tensor? bias, bool saved_is_output,"
-        " bool delta=False, bool channels_first=False) -> (Tensor G, Tensor grad_magnitude, Tensor grad_bias)");
-  // Fills grad_magnitude (out,) where n > 0 and |g| < 1/16 from the products themselves. grad_y (tokens, out), x (tokens, in).
-  m.def("magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
-        " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
+  m.def(
+      "compose_backward(Tensor grad, Tensor saved, Tensor norm, Tensor gain, Tensor? bias, bool saved_is_output,"
+      " bool delta=False, bool channels_first=False) -> (Tensor G, Tensor grad_magnitude, Tensor grad_bias)");
+  // Fills grad_magnitude (out,) where n > 0 and |g| < 1/16 from the products themselves. grad_y (tokens, out), x
+  // (tokens, in).
+  m.def(
+      "magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
+      " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
 
   // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
   // y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), (*ids.shape, dim), in weight's dtype. An id out of range gives
   // a row of NaN and no bad access; the Python function refuses it before, where it can look.
-  m.def("embedding_forward(Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling,"
-        " float embed_scale=1.0) -> Tensor");
+  m.def(
+      "embedding_forward(Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling,"
+      " float embed_scale=1.0) -> Tensor");
   // mask: bit 0 lora_A, 1 lora_B, 2 magnitude. padding_idx < 0: none (its column of A gets no gradient).
-  m.def("embedding_backward(Tensor grad_y, Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor norm,"
-        " Tensor gain, float scaling, float embed_scale, int padding_idx, bool scale_grad_by_freq, int mask)"
-        " -> (Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)");
+  m.def(
+      "embedding_backward(Tensor grad_y, Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor norm,"
+      " Tensor gain, float scaling, float embed_scale, int padding_idx, bool scale_grad_by_freq, int mask)"
+      " -> (Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)");
 
   // bitsandbytes' NF4, bit for bit. packed uint8 (ceil(numel / 2),), first element in the high nibble; absmax fp32
   // (ceil(numel / blocksize),).
@@ -65,9 +76,10 @@ TORCH_LIBRARY(dora_ext, m) {
   // Nested: absmax is uint8 codes into nested_code fp32 (256,), times nested_absmax fp32 (one per nested_blocksize
   // of them, a power of two), plus offset, one fp32 number. All in one launch. offset is a tensor, as bitsandbytes has
   // it: reading it back would wait for the device, and a number would be frozen into compiled graphs.
-  m.def("dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
-        " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256)"
-        " -> Tensor");
+  m.def(
+      "dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
+      " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256)"
+      " -> Tensor");
   // bitsandbytes' blockwise 8-bit quantisation, for nesting: absmax fp32 (blocks,), its mean already taken off; code
   // fp32 (256,), ascending.
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");

@@ -27,15 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # Tests that launch our kernels directly; under a sanitizer a few sizes of each are enough, and all there is time for.
-KERNEL_TESTS = [
-    "test_norm*",
-    "test_compose*",
-    "test_linear*",
-    "test_embedding*",
-    "test_conv*",
-    "test_nf4*",
-    "*kernels*",
-]
+KERNEL_TESTS = ["test_norm", "test_norm_kernels", "test_compose", "test_linear_op", "test_embedding_op", "test_nf4"]
+# Without torch's caching allocator no graph can be captured, and a failed capture leaves its mark on what follows;
+# compilers and tracers around a kernel change nothing in it; billions of weights take too long.
+NOT_UNDER_A_SANITIZER = "not captur and not compile and not opcheck and not 2_to_the_31"
 CASES_PER_TEST = 4
 SECONDS_PER_TOOL = 240
 
@@ -106,11 +101,12 @@ def kernel_filter(sanitizer: str) -> list[str]:
 
 
 def run_sanitizer(sanitizer: str, tool: str, work: Path) -> dict:
-    files = sorted({p for pattern in KERNEL_TESTS for p in (ROOT / "tests").glob(pattern + ".py")})
+    files = [ROOT / "tests" / f"{name}.py" for name in KERNEL_TESTS]
     xml, log, start = work / f"{tool}.xml", work / f"{tool}.log", time.monotonic()
     # Initialisation is seen only where the writer is instrumented too, and inputs are written by torch's kernels.
     ours = [] if tool == "initcheck" else kernel_filter(sanitizer)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda and not slow", f"--sample={CASES_PER_TEST}"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", NOT_UNDER_A_SANITIZER]
+    pytest.append(f"--sample={CASES_PER_TEST}")
     command = [
         sanitizer,
         "--tool",

@@ -82,7 +82,13 @@ def test_every_bit_equals_bitsandbytes(bnb, device, blocksize, dtype, double_qua
                 expected = bnb.functional.dequantize_4bit(packed, state)
                 out = dequantize_nf4(read, out_dtype)
                 assert out.shape == x.shape
-                assert same_bits(out.flatten(), expected.flatten()), (shape, kind, out_dtype)
+                out, expected = out.flatten(), expected.flatten()
+                if device == "cpu" and out_dtype == torch.float16:
+                    # How bitsandbytes rounds to subnormals depends on the processor's instruction set.
+                    subnormal = (out.abs() < 2**-14) & (expected.abs() < 2**-14)
+                    assert (out[subnormal].float() - expected[subnormal].float()).abs().le(2**-24).all()
+                    out, expected = out[~subnormal], expected[~subnormal]
+                assert same_bits(out, expected), (shape, kind, out_dtype)
 
 
 def test_not_finite_weights_as_in_bitsandbytes(bnb, device):

@@ -61,7 +61,9 @@ inline FeatureVector feature_vector(const at::Tensor& t) {
                                                  : Dtype::kDouble};
 }
 
-inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+inline cudaStream_t current_stream() {
+  return c10::cuda::getCurrentCUDAStream();
+}
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -71,7 +73,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 
 // Of the current device: launchers size their grids by the first and choose their tiles by the second.
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-inline int shared_bytes_per_block() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+inline int shared_bytes_per_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 
 }  // namespace dora_ext

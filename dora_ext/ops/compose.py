@@ -50,6 +50,11 @@ class _DoraDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _DoraDelta._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         base, h, lora_B, norm, gain, bias = ctx.saved_tensors
         s, first = ctx.scaling, ctx.channels_first
         grad_base, dm, sums = torch.ops.dora_ext.compose_backward.default(

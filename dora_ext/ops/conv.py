@@ -33,6 +33,11 @@ class _DoraConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _DoraConv._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         x, h, base, weight, lora_A, lora_B, norm, gain = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
         geometry = (*ctx.geometry, False, [0])

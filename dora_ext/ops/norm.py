@@ -54,7 +54,7 @@ def norm_and_gain(
     magnitude holds `out` numbers in any shape. Neither result carries a gradient.
     """
     require()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         if weight.dim() > 2 and lora_A.dim() == weight.dim() and lora_A.shape[1] != weight.shape[1]:
             norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
             magnitude = magnitude.flatten().to(norm.dtype)
