@@ -3,9 +3,9 @@
 A cached norm is offered again only if the same three tensors (storage, place in it, version), the same scaling and
 stream come back and no optimizer has stepped since. The storages are held weakly: that frees their memory, but keeps
 their identity from being given to another (an address and a version repeat; weak references to the tensors themselves
-would forbid torch.utils.swap_tensors, which `.to()` uses). What leaves no trace on the host (`p.data.add_`, an optimizer
-that writes through raw pointers outside torch.optim) is looked for on the device: `norm_cached` hashes all of A and B
-and a sample of every row and column of W, and computes the norm anew if the hash moved. Nothing waits for the device.
+would forbid torch.utils.swap_tensors, which `.to()` uses). What leaves no trace on the host (`p.data.add_`, an
+optimizer that writes through raw pointers outside torch.optim) is looked for on the device: `norm_cached` hashes all of
+A and B and a sample of every row and column of W, and computes the norm anew if the hash moved. Nothing waits for it.
 """
 
 from collections.abc import Callable
