@@ -70,8 +70,11 @@ void compose_into(const Tensor& y, const Tensor& base, const Tensor& h, const Te
     at::parallel_for(0, l.outer, grain(size), [&](int64_t begin, int64_t end) {
       std::vector<Acc> panels(count * r * loops.panel);
       for (int64_t o = begin; o < end; ++o) {
-        loops.pack(panels.data(), loops.panel, hp + o * r * l.inner, l.inner, 1, r, l.inner, static_cast<Acc>(scaling),
-                   nullptr, 0, count);
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t first = p * loops.panel;
+          loops.pack(panels.data() + first * r, loops.panel, hp + o * r * l.inner + first, l.inner, 1, r,
+                     l.inner - first, static_cast<Acc>(scaling), nullptr);
+        }
         const LowRank<Acc> low{data<Acc>(C), r, 1, r, panels.data()};
         loops.compose_by_row(to + o * size, from + o * size, l.features, l.inner, low, mp, ap);
       }

@@ -57,8 +57,15 @@ Tensor pack(const Tensor& m, double scale, const Tensor* column_scale = nullptr,
   Tensor panels = at::empty({count * r * width}, m.options());
   A* to = data<A>(panels);
   const A *from = data<A>(m), *by = column_scale ? data<A>(*column_scale) : nullptr;
-  at::parallel_for(0, count, grain(r * width), [&](int64_t begin, int64_t end) {
-    loops.pack(to, width, from, m.stride(0), m.stride(1), r, columns, static_cast<A>(scale), by, begin, end);
+  // A few rows of a panel at a time: they stay in the L1 cache while they are filled column by column.
+  constexpr int64_t kRows = 256;
+  const int64_t pieces = divide_up(r, kRows);
+  at::parallel_for(0, count * pieces, grain(std::min(r, kRows) * width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / pieces * width, k = i % pieces * kRows;
+      loops.pack(to + first * r + k * width, width, from + k * m.stride(0) + first * m.stride(1), m.stride(0),
+                 m.stride(1), std::min(kRows, r - k), columns - first, static_cast<A>(scale), by ? by + first : by);
+    }
   });
   return panels;
 }

@@ -38,10 +38,11 @@ struct Kernels {
   int64_t panel;  // columns of a panel
   int64_t lanes;  // accumulators in a vector
 
-  // Panels [begin, end) of M[k, j] * scale * column_scale[j]; m at k * k_stride + j * column_stride; column_scale may
-  // be null. Panel p is (r, width), columns past the end zero; width is `panel` for LowRank.
-  void (*pack)(A* panels, int64_t width, const A* m, int64_t k_stride, int64_t column_stride, int64_t r,
-               int64_t columns, A scale, const A* column_scale, int64_t begin, int64_t end);
+  // One panel (r, width) of M[k, j] * scale * column_scale[j], or of its first rows k; m at k * k_stride +
+  // j * column_stride, from this panel's first column on, of which `columns` are left; columns past them are zero.
+  // column_scale may be null. width is `panel` for LowRank.
+  void (*pack)(A* panel, int64_t width, const A* m, int64_t k_stride, int64_t column_stride, int64_t r, int64_t columns,
+               A scale, const A* column_scale);
   // sums[i] = sum_j (w[i, j] + (C M)[i, j])^2;  w (rows, columns) with row stride ld.
   void (*square_rows)(double* sums, const T* w, int64_t ld, int64_t rows, int64_t columns, LowRank<A> low);
   // sums[j] += sum_i (w[i, j] + (C M)[i, j])^2

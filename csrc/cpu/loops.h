@@ -17,24 +17,21 @@ template <typename T>
 constexpr int64_t kPanel = TILE_VECTORS * kLanes<T>;
 
 template <typename T>
-void pack(acc_type<T>* panels, int64_t width, const acc_type<T>* m, int64_t k_stride, int64_t column_stride, int64_t r,
-          int64_t columns, acc_type<T> scale, const acc_type<T>* column_scale, int64_t begin, int64_t end) {
-  for (int64_t p = begin; p < end; ++p) {
-    acc_type<T>* panel = panels + p * r * width;
-    const int64_t first = p * width, used = min(width, columns - first);
-    if (column_stride == 1) {  // in the order in which m is stored
-      for (int64_t k = 0; k < r; ++k)
-        for (int64_t j = 0; j < used; ++j)
-          panel[k * width + j] = (column_scale ? scale * column_scale[first + j] : scale) * m[k * k_stride + first + j];
-    } else {
-      for (int64_t j = 0; j < used; ++j) {
-        const acc_type<T> by = column_scale ? scale * column_scale[first + j] : scale;
-        for (int64_t k = 0; k < r; ++k) panel[k * width + j] = by * m[k * k_stride + (first + j) * column_stride];
-      }
+void pack(acc_type<T>* panel, int64_t width, const acc_type<T>* m, int64_t k_stride, int64_t column_stride, int64_t r,
+          int64_t columns, acc_type<T> scale, const acc_type<T>* column_scale) {
+  const int64_t used = min(width, columns);
+  if (column_stride == 1) {  // in the order in which m is stored
+    for (int64_t k = 0; k < r; ++k)
+      for (int64_t j = 0; j < used; ++j)
+        panel[k * width + j] = (column_scale ? scale * column_scale[j] : scale) * m[k * k_stride + j];
+  } else {
+    for (int64_t j = 0; j < used; ++j) {
+      const acc_type<T> by = column_scale ? scale * column_scale[j] : scale;
+      for (int64_t k = 0; k < r; ++k) panel[k * width + j] = by * m[k * k_stride + j * column_stride];
     }
-    for (int64_t j = used; j < width; ++j)
-      for (int64_t k = 0; k < r; ++k) panel[k * width + j] = 0;
   }
+  for (int64_t j = used; j < width; ++j)
+    for (int64_t k = 0; k < r; ++k) panel[k * width + j] = 0;
 }
 
 // A tile of R rows and one panel of columns. `Full` false: only the first `width` columns exist.
