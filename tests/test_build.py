@@ -32,6 +32,9 @@ def bare_package(tmp_path):
     shutil.copytree(
         _build.PACKAGE, tmp_path / "dora_ext", ignore=shutil.ignore_patterns("*.so", "_build_facts.json", "__pycache__")
     )
+    # An editable installation would lend its _C to the copy: its import hook is taken out again.
+    hooks = "[f for f in sys.meta_path if getattr(f, '__name__', '') != '_EditableFinder']"
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\n\nsys.meta_path[:] = {hooks}\n")
     return tmp_path / "dora_ext", {"PYTHONPATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
 
 

@@ -1,5 +1,7 @@
 """The weight norm: n = |W + s B A| per output feature, and the gain g = m / n."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -54,9 +56,11 @@ def norm_and_gain(
     magnitude holds `out` numbers in any shape. Neither result carries a gradient.
     """
     require()
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad():
         if weight.dim() > 2 and lora_A.dim() == weight.dim() and lora_A.shape[1] != weight.shape[1]:
-            norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
+            kind = weight.device.type
+            with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+                norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
             magnitude = magnitude.flatten().to(norm.dtype)
             return norm, torch.where(norm > 0, magnitude / norm, 0.0)
 
