@@ -1,7 +1,5 @@
 """The weight norm: n = |W + s B A| per output feature, and the gain g = m / n."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -58,9 +56,7 @@ def norm_and_gain(
     require()
     with torch.no_grad():
         if weight.dim() > 2 and lora_A.dim() == weight.dim() and lora_A.shape[1] != weight.shape[1]:
-            kind = weight.device.type
-            with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-                norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
+            norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
             magnitude = magnitude.flatten().to(norm.dtype)
             return norm, torch.where(norm > 0, magnitude / norm, 0.0)
 
@@ -91,5 +87,8 @@ def _grouped_conv_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         norm, _ = torch.ops.dora_ext.norm.default(*_conv_as_matrices(w, a[:, own], b), zeros, scaling)
         rest = torch.cat([a[:, : own.start], a[:, own.stop :]], 1).flatten(1).to(norm.dtype)
         b = scaling * b.flatten(1).to(norm.dtype)
-        norms.append(torch.sqrt(norm**2 + ((b @ (rest @ rest.T)) * b).sum(1).clamp_min(0)))
+        # Sums of products, not matrix products: those autocast would round.
+        gram = torch.stack([(rest * row).sum(1) for row in rest])
+        squares = (b * (b[:, None, :] * gram).sum(2)).sum(1)
+        norms.append(torch.sqrt(norm**2 + squares.clamp_min(0)))
     return torch.cat(norms)
