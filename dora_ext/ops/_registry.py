@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from .._load import when_loaded
 
@@ -21,3 +22,10 @@ def fake(name: str) -> Callable[[Callable], Callable]:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Norms, gains and sums: fp64 for fp64, else fp32 (accumulate_type in csrc/check.h)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, where it is on, has chosen for x's products; it leaves float64 alone."""
+    kind = x.device.type
+    on = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if on else None

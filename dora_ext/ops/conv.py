@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
+from ._registry import autocast_dtype
 from .compose import adapter_sums
 from .norm import norm_and_gain
 
@@ -125,10 +126,9 @@ def dora_conv(
     _check_conv(x, weight, lora_A, lora_B, groups)
     if norm is None or gain is None:
         norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling)
-    device_type = x.device.type
     weight = weight.detach()
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
         raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
@@ -139,7 +139,7 @@ def dora_conv(
         flat = [n for pair in reversed(sides) for n in pair]
         x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
         sides = [(0, 0)] * spatial
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return _DoraConv.apply(
             x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides],
             dilation, groups,

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
-from ._registry import accumulate_dtype, fake
+from ._registry import accumulate_dtype, autocast_dtype, fake
 
 # Bits of linear_backward's mask, in the order of its results.
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
@@ -107,9 +107,8 @@ def dora_linear(
     require()
     if (norm is None) != (gain is None):
         raise ValueError("dora_linear: norm and gain: expected both or neither")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         if weight.dtype != dtype and norm is None:
             # The norm is that of the weight as stored, not of its rounded copy.
             from .norm import norm_and_gain
