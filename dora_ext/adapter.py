@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .distributed import copy_whole, gathered, is_first, on_first, shared_among_processes, whole, whole_shape
 from .injection import dora_class, dora_layers, place, target_names
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,38 +38,46 @@ def save_adapter(
 ) -> None:
     """Write the DoRA layers of `model` to `folder`, for `load_adapter` and for PEFT's PeftModel.from_pretrained.
 
+    Of a model that FSDP2 or ZeRO-3 has spread over the processes, all of them must call this: the parameters are
+    collected one after the other, process 0 writes, and all return, or raise, when that is done. Inside a
+    DistributedDataParallel every process has it all: 0 writes, the others return at once.
+
     Args:
         base_model_name: name or path of the base model, kept in the file for its reader.
         task_type: PEFT's, e.g. "CAUSAL_LM"; decides only which PeftModel class wraps the model there.
 
     Raises:
-        ValueError: the model has no DoRA layer, or one whose parameters are partitioned away.
+        ValueError: the model has no DoRA layer, or one whose parameters are on meta or partitioned away.
         OSError: the folder cannot be written or the disk is full; files from an earlier save are whole.
     """
+    replicated = isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
     model = _unwrapped(model)
     layers = dora_layers(model)
     if not layers:
         raise ValueError(f"save_adapter: model: {type(model).__name__} has no DoRA layer")
+    shared = shared_among_processes(model)
+    if replicated and not is_first():
+        return
     tensors = {}
     for name, layer in layers.items():
         for key, parameter in adapter_parameters(layer).items():
-            if parameter.numel() == 0 or parameter.is_meta:
-                raise ValueError(f"save_adapter: {name}.{key} is empty here: gather partitioned parameters first")
-            tensors[f"{PREFIX}{name}.{key}"] = parameter.detach().to("cpu", copy=True).contiguous()
+            with gathered([parameter]):
+                value = whole(parameter.detach())
+                if value.numel() == 0 or value.is_meta:
+                    raise ValueError(f"save_adapter: {name}.{key} is empty here: gather partitioned parameters first")
+                if is_first() or not shared:
+                    tensors[f"{PREFIX}{name}.{key}"] = value.to("cpu", copy=True).contiguous()
     config = _config(model, layers) | {"base_model_name_or_path": base_model_name, "task_type": task_type}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     from safetensors.torch import save_file  # here, so that importing dora_ext needs torch alone
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(
-        folder,
-        {
-            WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            CONFIG_NAME: lambda path: path.write_text(text),
-        },
-    )
+    writers = {
+        WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        CONFIG_NAME: lambda path: path.write_text(text),
+    }
+    run = on_first if shared else lambda action: action()
+    run(lambda: _replace_files(Path(folder), writers))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
@@ -81,7 +90,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: no adapter in `folder`. AdapterError: one that is corrupt, or not for this model.
     """
-    folder, whole, model = Path(folder), model, _unwrapped(model)
+    folder, given, model = Path(folder), model, _unwrapped(model)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     trainable = {p: p.requires_grad for p in model.parameters()}
@@ -96,12 +105,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, layer in layers.items():
             for key, parameter in adapter_parameters(layer).items():
-                parameter.copy_(tensors[f"{PREFIX}{name}.{key}"])
+                with gathered([parameter], write=True):
+                    copy_whole(parameter, tensors[f"{PREFIX}{name}.{key}"])
             base_weight = tensors.get(f"{PREFIX}{name}.{BASE_KEY}")
             if base_weight is not None:
-                layer.base_layer.weight.copy_(base_weight)
+                with gathered(layer.base_layer, write=True):
+                    copy_whole(layer.base_layer.weight, base_weight)
     place(model, new)
-    return whole
+    return given
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -162,6 +173,7 @@ def _replace_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -
     """Each file is written under a temporary name in the same folder and synced; only then do all take their places."""
     from safetensors import SafetensorError
 
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
         for name, write in writers.items():
@@ -258,10 +270,10 @@ def _check(layers: dict[str, nn.Module], config: dict, tensors: dict[str, Tensor
     expected, optional, problems = {}, {}, []
     for name, layer in layers.items():
         for key, parameter in adapter_parameters(layer).items():
-            expected[f"{PREFIX}{name}.{key}"] = tuple(parameter.shape)
+            expected[f"{PREFIX}{name}.{key}"] = whole_shape(parameter)
         if isinstance(layer.base_layer, nn.Embedding):
             # PEFT puts a targeted embedding's own weight into the file.
-            optional[f"{PREFIX}{name}.{BASE_KEY}"] = tuple(layer.base_layer.weight.shape)
+            optional[f"{PREFIX}{name}.{BASE_KEY}"] = whole_shape(layer.base_layer.weight)
         if layer.merged:
             problems.append(f"{name} is merged: call unmerge() first")
         r, alpha = _rank_and_alpha(config, name)

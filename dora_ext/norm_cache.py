@@ -3,9 +3,11 @@
 A cached norm is offered again only if the same three tensors (storage, place in it, version), the same scaling and
 stream come back and no optimizer has stepped since. The storages are held weakly: that frees their memory, but keeps
 their identity from being given to another (an address and a version repeat; weak references to the tensors themselves
-would forbid torch.utils.swap_tensors, which `.to()` uses). What leaves no trace on the host (`p.data.add_`, an
-optimizer that writes through raw pointers outside torch.optim) is looked for on the device: `norm_cached` hashes all of
-A and B and a sample of every row and column of W, and computes the norm anew if the hash moved. Nothing waits for it.
+would forbid torch.utils.swap_tensors, which `.to()` uses). Where FSDP2 gathers W into such a storage, the part of W
+that this process keeps is a fourth tensor: gathering the same W again costs no norm. What leaves no trace on the host
+(`p.data.add_`, an optimizer that writes through raw pointers outside torch.optim) is looked for on the device:
+`norm_cached` hashes all of A and B and a sample of every row and column of W, and computes the norm anew if the hash
+moved. Nothing waits for it.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .distributed import find_shard, shard_place
 
 _optimizer_steps = 0
 
@@ -24,6 +28,11 @@ def _count_step(*_args) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def _place(t: Tensor) -> tuple:
+    # Not the address: FSDP2 frees a storage's memory and allocates it again, and what it then holds is the same.
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
 
 
 class NormCache:
@@ -38,6 +47,7 @@ class NormCache:
         self._fingerprint: Tensor | None = None
         self._storages: tuple[StorageWeakRef, ...] = ()
         self._key: tuple = ()
+        self._shard = None
 
     @property
     def computed(self) -> int:
@@ -57,8 +67,11 @@ class NormCache:
         if any(t.is_inference() for t in tensors):
             return compute(torch.ops.dora_ext.norm.default)
         stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-        places = tuple((t.untyped_storage()._cdata, t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
-        key = (places, constants, stream, _optimizer_steps)
+        storage = weight.untyped_storage()._cdata
+        if not self._key or storage != self._key[0][0][0]:
+            self._shard = find_shard(storage)
+        tensors = (*tensors, *shard_place(self._shard))
+        key = (tuple(map(_place, tensors)), constants, stream, _optimizer_steps)
         if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
@@ -80,7 +93,8 @@ class NormCache:
 
 def invalidate_norms(model: nn.Module) -> None:
     """Forget every cached norm in `model`. Needed only after a change that nothing can see: single elements of a base
-    weight written through `.data` or a raw pointer, outside any torch.optim step."""
+    weight written through `.data` or a raw pointer, outside any torch.optim step, or by one process alone into its part
+    of a weight that FSDP2 shares out (call it on every process then)."""
     for module in model.modules():
         cache = getattr(module, "norm_cache", None)
         if isinstance(cache, NormCache):

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import copy_whole, gathered, is_sharded, whole
 from ..norm_cache import NormCache
 from ..ops import norm_and_gain
 from ..ops._registry import accumulate_dtype
-from .base_weight import FLOAT_DTYPES, dense_weight, gathered, whole
+from .base_weight import FLOAT_DTYPES, dense_weight
 
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
 
@@ -77,6 +78,8 @@ class DoraBase(nn.Module):
     ) -> None:
         check_options(type(self).__name__, r, alpha, dropout, adapter_dtype)
         self._check_base(layer)
+        if any(map(is_sharded, layer.parameters())):
+            raise ValueError(f"{type(self).__name__}: layer: FSDP2 has sharded it already; wrap it before fully_shard")
         with gathered(layer):
             weight = dense_weight(layer)
             self._check_weight(weight)
@@ -127,10 +130,10 @@ class DoraBase(nn.Module):
         """Start the adapter anew: B A = 0 and m = |W|. W and the bias stay; on the meta device nothing is done."""
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.reset_parameters: the layer is merged: call unmerge() first")
-        with torch.no_grad():
+        with torch.no_grad(), gathered((*self._factors(), self.magnitude), write=True):
             self._reset_factors(*self._factors())
             if not self.magnitude.is_meta:
-                self.magnitude.copy_(self.weight_norm().view_as(self.magnitude))
+                copy_whole(self.magnitude, self.weight_norm().view(self.magnitude.shape))
 
     def _reset_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))

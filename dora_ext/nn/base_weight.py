@@ -1,11 +1,10 @@
 """Base layers' weights as the kernels want them: dense, floating point, and all here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gathered as gathered
+from ..distributed import whole as whole
 from ..ops.nf4 import dequantize_nf4, from_bitsandbytes
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -13,10 +12,11 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The layer's weight itself where it is dense, else a new tensor, dequantised in the dtype that it had before.
+    A weight of which FSDP2 keeps a part on each rank is collected.
 
     Knows bitsandbytes (4 and 8 bits), torchao and HQQ by their attributes, so that none of them need be installed.
     """
-    weight = getattr(layer, "weight", None)
+    weight = whole(getattr(layer, "weight", None))
     # FSDP replaces a Params4bit by a plain parameter; the layer still holds the state.
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOAT_DTYPES and state is None:
@@ -28,7 +28,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if type(weight).__name__ == "Params4bit" or state is not None:
         # FP4, and weights that bitsandbytes has reordered for its own CPU product, are read by bitsandbytes alone.
         if state is None or (state.quant_type == "nf4" and not getattr(state, "packing_format_for_cpu", False)):
-            return dequantize_nf4(from_bitsandbytes(layer))
+            return dequantize_nf4(from_bitsandbytes(weight, state))
         import bitsandbytes
 
         return bitsandbytes.functional.dequantize_4bit(weight.data, state)
@@ -38,21 +38,3 @@ def dense_weight(layer: nn.Module) -> Tensor:
         scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
     return weight
-
-
-@contextmanager
-def gathered(layer: nn.Module) -> Iterator[None]:
-    """Inside, parameters that DeepSpeed's ZeRO-3 has partitioned are whole, for reading."""
-    partitioned = [p for p in layer.parameters() if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield
-
-
-def whole(t: Tensor) -> Tensor:
-    """All of a DTensor, which FSDP2 leaves on each rank in part; any other tensor as it is."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
