@@ -3,6 +3,7 @@
 from dora_ext import _load
 from dora_ext._load import load
 from dora_ext.adapter import load_adapter, save_adapter
+from dora_ext.config import DoraConfig
 from dora_ext.injection import inject
 from dora_ext.nn import (
     DoraConv1d,
@@ -17,13 +18,14 @@ from dora_ext.nn import (
     DoraLinearLayer,
 )
 from dora_ext.norm_cache import invalidate_norms
+from dora_ext.unloading import merge, trainable_parameters, unload, unmerge
 
 __version__ = "0.1.0"
 __all__ = [
     "load",
     "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
-    "inject", "save_adapter", "load_adapter",
+    "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload", "save_adapter", "load_adapter",
     "invalidate_norms",
 ]  # fmt: skip
 

@@ -9,28 +9,35 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .config import DoraConfig
 from .distributed import copy_whole, gathered, is_first, on_first, shared_among_processes, whole, whole_shape
-from .injection import dora_class, dora_layers, place, target_names
+from .files import AdapterError, read_safetensors, refuse, replace_files
+from .injection import (
+    dora_layers,
+    flags_kept_on_error,
+    folded_layers,
+    new_layers,
+    place,
+    target_names,
+    unwrapped,
+    warn_of_shared_weights,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_KEY = "base_layer.weight"
 # Options of PEFT that change what a layer computes and that these layers do not have.
 _FOREIGN_OPTIONS = (
     "modules_to_save", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "ensure_weight_tying",
 )  # fmt: skip
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read, or does not fit the model. The model is as it was."""
+# Ways of PEFT to start that take something out of the base weights: such a file fits those weights alone.
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
@@ -47,12 +54,15 @@ def save_adapter(
         task_type: PEFT's, e.g. "CAUSAL_LM"; decides only which PeftModel class wraps the model there.
 
     Raises:
-        ValueError: the model has no DoRA layer, or one whose parameters are on meta or partitioned away.
+        ValueError: the model has no DoRA layer, or one whose parameters are on meta or partitioned away, or layers
+            that load_kohya has folded.
         OSError: the folder cannot be written or the disk is full; files from an earlier save are whole.
     """
     replicated = isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = dora_layers(model)
+    for name in folded_layers(model):
+        raise ValueError(f"save_adapter: {name} has a magnitude for each input, for which PEFT's files have no place")
     if not layers:
         raise ValueError(f"save_adapter: model: {type(model).__name__} has no DoRA layer")
     shared = shared_among_processes(model)
@@ -77,7 +87,7 @@ def save_adapter(
         CONFIG_NAME: lambda path: path.write_text(text),
     }
     run = on_first if shared else lambda action: action()
-    run(lambda: _replace_files(Path(folder), writers))
+    run(lambda: replace_files(Path(folder), writers))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
@@ -90,36 +100,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: no adapter in `folder`. AdapterError: one that is corrupt, or not for this model.
     """
-    folder, given, model = Path(folder), model, _unwrapped(model)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
-    trainable = {p: p.requires_grad for p in model.parameters()}
-    try:
-        layers, new = _layers_for(model, config, tensors)
+    folder, inner = Path(folder), unwrapped(model)
+    config = _read_config(folder / CONFIG_NAME)
+    pickled = folder / "adapter_model.bin"
+    weights = folder / WEIGHTS_NAME
+    tensors = read_safetensors("load_adapter", pickled if pickled.is_file() and not weights.is_file() else weights)
+    with flags_kept_on_error(inner) as flags:
+        try:
+            names = target_names(inner, config)
+            new = new_layers(inner, config, names)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"load_adapter: {folder / CONFIG_NAME}: {error}") from error
+        layers = dora_layers(inner) | new
         _check(layers, config, tensors)
-    except BaseException:
-        # from_base freezes what it wraps.
-        for parameter, flag in trainable.items():
-            parameter.requires_grad_(flag)
-        raise
+        warn_of_shared_weights(inner, names)
     with torch.no_grad():
         for name, layer in layers.items():
-            for key, parameter in adapter_parameters(layer).items():
-                with gathered([parameter], write=True):
-                    copy_whole(parameter, tensors[f"{PREFIX}{name}.{key}"])
-            base_weight = tensors.get(f"{PREFIX}{name}.{BASE_KEY}")
-            if base_weight is not None:
-                with gathered(layer.base_layer, write=True):
-                    copy_whole(layer.base_layer.weight, base_weight)
-    place(model, new)
-    return given
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DistributedDataParallel's wrapper: their names are not part of the file."""
-    if hasattr(model, "_orig_mod"):
-        return _unwrapped(model._orig_mod)
-    return _unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+            for key, parameter in (adapter_parameters(layer) | _base_parameters(layer)).items():
+                value = tensors.get(f"{PREFIX}{name}.{key}")
+                if value is not None:
+                    with gathered([parameter], write=True):
+                        copy_whole(parameter, value)
+    place(inner, new, flags)
+    return model
 
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -132,6 +135,14 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
                 key = key.removesuffix(".weight")
             parameters[key] = parameter
     return parameters
+
+
+def _base_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The layer's own weight and bias by their names in the file, where PEFT puts those of a language model's embedding
+    and head if it has an adapter on one of them."""
+    if not isinstance(layer.base_layer, (nn.Embedding, nn.Linear)) or layer.quantised:
+        return {}
+    return {f"base_layer.{name}": parameter for name, parameter in layer.base_layer.named_parameters()}
 
 
 def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
@@ -169,34 +180,9 @@ def _target_modules(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]
     return sorted(ends) if named == set(layers) else "|".join(re.escape(name) for name in layers)
 
 
-def _replace_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
-    """Each file is written under a temporary name in the same folder and synced; only then do all take their places."""
-    from safetensors import SafetensorError
-
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            temporary[name].touch()
-            mode = temporary[name].stat().st_mode
-            try:
-                write(temporary[name])
-            except SafetensorError as error:
-                raise OSError(f"save_adapter: cannot write {folder / name}: {error}") from error
-            with open(temporary[name], "rb+") as file:
-                os.fchmod(file.fileno(), mode)  # safetensors lets nobody but the owner read
-                os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG_NAME
+def _read_config(path: Path) -> DoraConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {folder}")
+        raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {path.parent}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -210,76 +196,43 @@ def _read_config(folder: Path) -> dict:
     foreign += ["bias"] if config.get("bias", "none") != "none" else []
     if foreign:
         raise AdapterError(f"load_adapter: {path}: options that dora_ext does not have: {', '.join(foreign)}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_STARTS):
+        raise AdapterError(
+            f"load_adapter: {path}: init_lora_weights {init!r} has changed the base weights; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = config.get(name)
         if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
             raise AdapterError(f"load_adapter: {path}: {name}: expected a positive number, got {value!r}")
     if not config.get("target_modules"):
         raise AdapterError(f"load_adapter: {path}: target_modules is missing")
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        if pickled.is_file():
-            raise AdapterError(
-                f"load_adapter: {pickled} is a pickle, which can run code when it is read; save it as safetensors first"
-            )
-        raise FileNotFoundError(f"load_adapter: no {WEIGHTS_NAME} in {folder}")
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"load_adapter: {path}: corrupt, truncated or not safetensors: {error}") from error
+        return DoraConfig(
+            r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout") or 0.0,
+            use_rslora=bool(config.get("use_rslora")),
+            target_modules=config["target_modules"], exclude_modules=config.get("exclude_modules"),
+            rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=config.get("alpha_pattern") or {},
+            layers_to_transform=config.get("layers_to_transform"), layers_pattern=config.get("layers_pattern"),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"load_adapter: {path}: {error}") from error
 
 
-def _layers_for(model: nn.Module, config: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict]:
-    """All DoRA layers that the file is for, by path, and those of them that are not in the model yet."""
-    present = dora_layers(model)
-    in_file = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
-    if config.get("layers_to_transform") is None:
-        wanted = target_names(model, config["target_modules"], config.get("exclude_modules"))
-    else:
-        # Which layers were transformed is told by the file's own keys.
-        wanted = [name for name in target_names(model, config["target_modules"]) if name in in_file]
-    new = {}
-    for name in wanted:
-        base = model.get_submodule(name)
-        r, alpha = _rank_and_alpha(config, name)
-        new[name] = dora_class(base).from_base(
-            base, r=r, alpha=alpha, dropout=config.get("lora_dropout", 0.0), use_rslora=config.get("use_rslora", False)
-        )
-    return present | new, new
-
-
-def _rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    def pattern(option: str, default):
-        for key, value in (config.get(option) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        return default
-
-    return pattern("rank_pattern", config["r"]), pattern("alpha_pattern", config["lora_alpha"])
-
-
-def _check(layers: dict[str, nn.Module], config: dict, tensors: dict[str, Tensor]) -> None:
+def _check(layers: dict[str, nn.Module], config: DoraConfig, tensors: dict[str, Tensor]) -> None:
     expected, optional, problems = {}, {}, []
     for name, layer in layers.items():
         for key, parameter in adapter_parameters(layer).items():
             expected[f"{PREFIX}{name}.{key}"] = whole_shape(parameter)
-        if isinstance(layer.base_layer, nn.Embedding):
-            # PEFT puts a targeted embedding's own weight into the file.
-            optional[f"{PREFIX}{name}.{BASE_KEY}"] = whole_shape(layer.base_layer.weight)
+        for key, parameter in _base_parameters(layer).items():
+            optional[f"{PREFIX}{name}.{key}"] = whole_shape(parameter)
         if layer.merged:
             problems.append(f"{name} is merged: call unmerge() first")
-        r, alpha = _rank_and_alpha(config, name)
+        r, alpha = config.rank_and_alpha(name)
         if layer.r != r:
             problems.append(f"{name}: rank {r} in the file, {layer.r} in the model")
-        scaling = alpha / _divisor(r, config.get("use_rslora", False))
+        scaling = alpha / _divisor(r, config.use_rslora)
         if not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
             problems.append(f"{name}: scaling {scaling:g} in the file, {layer.scaling:g} in the model")
     problems += [f"missing key {key}" for key in expected if key not in tensors]
@@ -290,6 +243,4 @@ def _check(layers: dict[str, nn.Module], config: dict, tensors: dict[str, Tensor
             problems.append(f"{key}: expected shape {known[key]}, got {tuple(value.shape)}")
         elif key in known and not value.is_floating_point():
             problems.append(f"{key}: expected floating point numbers, got {value.dtype}")
-    if problems:
-        shown = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise AdapterError(f"load_adapter: the adapter does not fit the model:\n  {shown}")
+    refuse("load_adapter", problems)
