@@ -1,0 +1,194 @@
+"""Which path a PEFT layer takes, and why: one function, asked by every forward and by `report`.
+
+- fused: base product, adapter and magnitude are one call of ours.
+- delta: PEFT's layer does the base product and adds, for each DoRA adapter, what our layer class gives.
+- peft: PEFT's own code, because nothing of DoRA is to be computed, or because it has not been switched over.
+
+The function is called in every forward, so it only looks attributes up, past nn.Module.__getattr__ where that is slow.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
+
+from ...nn.base_weight import FLOAT_DTYPES
+from ...nn.layers import caching_enabled
+
+FUSED, DELTA, PEFT = "fused", "delta", "peft"
+
+# What kind of layer the base is; each has its call in forwards.py.
+LINEAR, TRANSPOSED, FOUR_BIT, EIGHT_BIT, EMBEDDING, CONV = range(6)
+
+
+class Path(NamedTuple):
+    """The path of one layer: "fused", "delta" or "peft"; why; the adapter that is fused; the kind of its base layer."""
+
+    path: str
+    reason: str
+    adapter: str | None = None
+    kind: int = -1
+
+
+# One object for each answer, made once.
+_DISABLED = Path(PEFT, "adapters are disabled")
+_MERGED = Path(PEFT, "an adapter is merged into the base weight")
+_NO_ADAPTER = Path(PEFT, "no active adapter on this layer")
+_OTHER_VARIANT = Path(PEFT, "the active adapter is not DoRA")
+_SEVERAL = Path(DELTA, "several active adapters")
+_BASE_KIND = Path(DELTA, "a base layer of a class with its own forward")
+_BASE_HOOKS = Path(DELTA, "the base layer has hooks or a forward of its own")
+_GLOBAL_HOOKS = Path(DELTA, "hooks on all modules are registered")
+_BASE_WEIGHT = Path(DELTA, "the base weight is not a plain floating-point tensor")
+_BASE_GRAD = Path(DELTA, "the base weight is trained too")
+_BASE_STATE = Path(DELTA, "the quantised base weight is not in the state that our call reads")
+_LAYOUT = Path(DELTA, "fan_in_fan_out does not say how the base layer keeps its weight")
+_LORA_BIAS = Path(DELTA, "lora_bias: B has a bias")
+_FACTORS = Path(DELTA, "A or B is wrapped, hooked, or not a plain floating-point tensor")
+_MAGNITUDE = Path(DELTA, "the magnitude is wrapped, hooked, or not a plain floating-point tensor")
+_DEVICES = Path(DELTA, "base weight, adapter and magnitude are on several devices")
+_SCALING = Path(DELTA, "the scaling is a tensor")
+_DROPOUT = Path(DELTA, "a dropout that is not torch.nn.Dropout")
+_EIGHT_BIT_DROPOUT = Path(DELTA, "dropout over an 8-bit base layer: its two inputs need two products")
+_CACHING = Path(DELTA, "PEFT's DoraCaching is on")
+_EMBEDDING = Path(DELTA, "sparse gradients, a parallel plan, or an embed_scale that is not one number")
+_SCALED = "ScaledWordEmbedding"
+
+_VARIANTS = frozenset(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_kinds: dict[type, int | None] = {
+    nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
+}  # fmt: skip
+_fused: dict[tuple[str, int], Path] = {}
+
+
+def _find_kind(cls: type) -> int | None:
+    """None: a class that computes something that we don't know. Other libraries' classes are named, not imported."""
+    names = [(c.__module__.partition(".")[0], c.__name__) for c in cls.__mro__[:2]]
+    if cls.__module__.startswith("transformers."):
+        if cls.__name__ == "Conv1D":
+            return TRANSPOSED
+        if cls.__name__.endswith(_SCALED) and issubclass(cls, nn.Embedding):
+            return EMBEDDING
+    if ("bitsandbytes", "Linear4bit") in names:
+        return FOUR_BIT
+    if ("bitsandbytes", "Linear8bitLt") in names[:1]:
+        return EIGHT_BIT
+    for known, kind in ((nn.Linear, LINEAR), (nn.Embedding, EMBEDDING)):
+        # Subclasses that change how a layer is made, or its name, but not what it computes.
+        if issubclass(cls, known) and cls.forward is known.forward and cls.__call__ is nn.Module.__call__:
+            return kind
+    return None
+
+
+def _kind_of(cls: type) -> int | None:
+    if cls in _kinds:
+        return _kinds[cls]
+    kind = _find_kind(cls)
+    if not torch.compiler.is_compiling():
+        _kinds[cls] = kind
+    return kind
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _plain(t) -> bool:
+    return type(t) in (nn.Parameter, Tensor) and t.dtype in FLOAT_DTYPES
+
+
+def path_of(layer: nn.Module) -> Path:
+    """The path that PEFT's `layer` (Linear, Linear4bit, Linear8bitLt, Embedding, Conv1d, Conv2d, Conv3d) takes with
+    nothing but its input as argument. Further arguments, mixed-batch `adapter_names` among them, go to PEFT's code, as
+    does an input of another dtype than the base layer takes."""
+    if layer._disable_adapters:
+        return _DISABLED
+    if layer.merged_adapters:
+        return _MERGED
+    active, scalings = layer._active_adapter, layer.scaling
+    names = [active] if isinstance(active, str) else active
+    names = [name for name in names if name in scalings]
+    variants = layer.lora_variant
+    if not names:
+        return _NO_ADAPTER
+    if len(names) > 1:
+        return _SEVERAL if any(type(variants.get(name)).__name__ in _VARIANTS for name in names) else _OTHER_VARIANT
+    name = names[0]
+    if type(variants.get(name)).__name__ not in _VARIANTS:
+        return _OTHER_VARIANT
+
+    modules = layer._modules
+    base = modules["base_layer"]
+    kind = _kinds.get(type(base))
+    if kind is None:
+        kind = _kind_of(type(base))
+        if kind is None:
+            return _BASE_KIND
+    if _hooked(base) or "forward" in base.__dict__:
+        return _BASE_HOOKS
+    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+        return _GLOBAL_HOOKS
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return _BASE_WEIGHT
+    if kind in (FOUR_BIT, EIGHT_BIT):
+        if not _quantised_readable(base, weight, kind):
+            return _BASE_STATE
+    elif not _plain(weight) or "quant_state" in weight.__dict__ or hasattr(weight, "ds_id"):
+        return _BASE_WEIGHT
+    if weight.requires_grad:
+        return _BASE_GRAD
+
+    if kind == EMBEDDING:
+        A, B = modules["lora_embedding_A"]._parameters.get(name), modules["lora_embedding_B"]._parameters.get(name)
+        scale = getattr(base, "embed_scale", 1.0)
+        one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
+        if base.sparse or getattr(layer, "tp_layer", None) is not None or not one:
+            return _EMBEDDING
+    else:
+        if kind != CONV and layer.fan_in_fan_out != (kind == TRANSPOSED):
+            return _LAYOUT
+        part_A, part_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+        types = _CONVS if kind == CONV else (nn.Linear,)
+        if type(part_A) not in types or type(part_B) not in types or _hooked(part_A) or _hooked(part_B):
+            return _FACTORS
+        if part_A._parameters["bias"] is not None or part_B._parameters["bias"] is not None:
+            return _LORA_BIAS
+        A, B = part_A._parameters.get("weight"), part_B._parameters.get("weight")
+        dropout = type(modules["lora_dropout"]._modules[name])
+        if dropout not in _DROPOUTS:
+            return _DROPOUT
+        if kind == EIGHT_BIT and layer.training and dropout is not nn.Identity:
+            return _EIGHT_BIT_DROPOUT
+    if not _plain(A) or not _plain(B):
+        return _FACTORS
+    dora = modules["lora_magnitude_vector"]._modules[name]
+    magnitude = dora._parameters.get("weight")
+    if not _plain(magnitude) or _hooked(dora):
+        return _MAGNITUDE
+    device = weight.device
+    if A.device != device or B.device != device or magnitude.device != device:
+        return _DEVICES
+    if not isinstance(scalings[name], (int, float)):
+        return _SCALING
+    if not layer.training and caching_enabled():
+        return _CACHING
+    return _fused.get((name, kind)) or _fused_path(name, kind)
+
+
+def _fused_path(name: str, kind: int) -> Path:
+    path = Path(FUSED, "base product, adapter and magnitude are one call", name, kind)
+    if not torch.compiler.is_compiling():
+        _fused[name, kind] = path
+    return path
+
+
+def _quantised_readable(base: nn.Module, weight: Tensor, kind: int) -> bool:
+    if kind == FOUR_BIT:
+        return type(weight).__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None
+    return type(weight).__name__ == "Int8Params" and not base.state.has_fp16_weights and weight.dtype == torch.int8
