@@ -24,14 +24,15 @@ def run(device: str, quick: bool, note) -> list[dict]:
         results = {}
         for rival_name in ("peft_dora", OURS):
             try:
-                results[rival_name] = _errors(rival_name, problem)
+                results[rival_name] = errors_of(rival_name, problem)
             except Exception as error:  # one rival's failure is a result of its own
                 results[rival_name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         rows.append(vars(shape) | {"dtype": name, "rivals": results})
     return rows
 
 
-def _errors(name: str, problem: Problem) -> dict[str, float]:
+def errors_of(name: str, problem: Problem) -> dict[str, float]:
+    """By output, for the rival of that name in `bench.rivals`."""
     rival = build(name, problem)
     kinds = ("lora_A", "lora_B", "lora_magnitude")
     by_kind = {kind: p for kind in kinds for name, p in rival.trained.items() if kind in name}

@@ -35,7 +35,7 @@ def test_rivals_compute_the_same_layer(name):
     assert all(p._version > v for p, v in zip(rival.factors, versions, strict=True))
     assert len(rival.step()) == 1 + len(rival.trained) == {"linear": 1, "peft_lora": 3}.get(name, 4)
     if "dora" in name:
-        errors = bench_error._errors(name, problem)
+        errors = bench_error.errors_of(name, problem)
         assert set(errors) == set(bench_error.OUTPUTS)
         assert max(errors.values()) < 1e-12
 

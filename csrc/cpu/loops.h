@@ -48,8 +48,10 @@ struct Tile {
     Full ? store(p + j * kLanes<T>, v) : store_first(p + j * kLanes<T>, v, width - j * kLanes<T>);
   }
 
-  // v += C M
-  static inline void add_low_rank(V (&v)[R][C], const LowRank<A>& low, int64_t row, int64_t panel) {
+  // v = C M, from zero: a sum that began with the large matrix's element would round at its size r times.
+  static inline void low_rank(V (&v)[R][C], const LowRank<A>& low, int64_t row, int64_t panel) {
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < C; ++j) v[i][j] = V{};
     const A* c = low.coefficients + row * low.row_stride;
     const A* m = low.panels + panel * low.r * kPanel<T>;
     for (int64_t k = 0; k < low.r; ++k, c += low.k_stride, m += kPanel<T>) {
@@ -100,9 +102,9 @@ struct SquareRows {
     using Tile = Tile<T, R, Full>;
     Vector<T> v[R][Tile::C];
     const T* at = w + row * ld + p * kPanel<T>;
+    Tile::low_rank(v, low, row, p);
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < Tile::C; ++j) v[i][j] = Tile::load_at(at + i * ld, j, width);
-    Tile::add_low_rank(v, low, row, p);
+      for (int j = 0; j < Tile::C; ++j) v[i][j] += Tile::load_at(at + i * ld, j, width);
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < Tile::C; ++j) sum[i] += v[i][j] * v[i][j];
   }
@@ -129,9 +131,9 @@ struct SquareColumns {
     using Sums = cpu::INSTRUCTION_SET::Tile<acc_type<T>, 1, Full>;
     Vector<T> v[R][Tile::C];
     const T* at = w + row * ld + p * kPanel<T>;
+    Tile::low_rank(v, low, row, p);
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < Tile::C; ++j) v[i][j] = Tile::load_at(at + i * ld, j, width);
-    Tile::add_low_rank(v, low, row, p);
+      for (int j = 0; j < Tile::C; ++j) v[i][j] += Tile::load_at(at + i * ld, j, width);
     acc_type<T>* to = sums + p * kPanel<T>;
     for (int j = 0; j < Tile::C; ++j) {
       Vector<T> sum = Sums::load_at(to, j, width);
@@ -164,15 +166,15 @@ struct Compose {
     using V = Vector<T>;
     V v[R][Tile::C];
     const int64_t at = row * ld + p * kPanel<T>;
+    Tile::low_rank(v, low, row, p);
     for (int j = 0; j < Tile::C; ++j) {
       const V column_mul = ByRow ? V{} : Factors::load_at(mul + p * kPanel<T>, j, width);
       const V column_add = ByRow ? V{} : Factors::load_at(add + p * kPanel<T>, j, width);
       for (int i = 0; i < R; ++i) {
         const V loaded = Tile::load_at(base + at + i * ld, j, width);
-        v[i][j] = ByRow ? loaded * mul[row + i] + add[row + i] : loaded * column_mul + column_add;
+        v[i][j] += ByRow ? loaded * mul[row + i] + add[row + i] : loaded * column_mul + column_add;
       }
     }
-    Tile::add_low_rank(v, low, row, p);
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < Tile::C; ++j) Tile::store_at(y + at + i * ld, j, width, v[i][j]);
   }

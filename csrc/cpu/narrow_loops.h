@@ -2,7 +2,7 @@
 // ranks lie along the vectors and x is broadcast element by element as it is stored: libraries, which copy x into
 // panels of their own first, take about twice the time for this shape.
 
-constexpr int64_t kSumLength = 512;  // of one chain of additions: long float chains lose bits
+constexpr int64_t kSumLength = 64;  // of one chain of additions: long float chains lose bits
 
 // out[i, j] = sum_k x[i, k] panel[k, j] for R rows and NV vectors of ranks, of which `width` numbers exist.
 template <typename T, int R, int NV>
