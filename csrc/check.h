@@ -59,25 +59,30 @@ inline void check_scaling(const char* op, double scaling) {
   TORCH_CHECK_VALUE(std::isfinite(scaling), op, ": scaling: expected a finite number, got ", text(scaling));
 }
 
-// W and its adapter: W (out, in) or (in, out), A (r, in), B (out, r); returns nothing, throws on the first misfit.
-inline void check_adapter(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                          double scaling, bool transposed) {
-  check_float(op, "weight", weight);
+// The adapter of a W of `shape`, (out, in) or (in, out): A (r, in), B (out, r); throws on the first misfit.
+inline void check_factors(const char* op, at::IntArrayRef shape, const Tensor& weight, const Tensor& lora_A,
+                          const Tensor& lora_B, double scaling, bool transposed) {
   check_float(op, "lora_A", lora_A);
   check_float(op, "lora_B", lora_B);
-  check_dim(op, "weight", weight, 2);
   check_dim(op, "lora_A", lora_A, 2);
   check_dim(op, "lora_B", lora_B, 2);
-  const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1), r = lora_A.size(0);
+  const int64_t out = shape[transposed ? 1 : 0], in = shape[transposed ? 0 : 1], r = lora_A.size(0);
   TORCH_CHECK_VALUE(r > 0, op, ": lora_A: expected a rank of at least 1, got shape ", text(lora_A.sizes()));
   TORCH_CHECK_VALUE(lora_A.size(1) == in, op, ": lora_A: expected shape (r, ", text(in), ") for weight of shape ",
-                    text(weight.sizes()), ", got ", text(lora_A.sizes()));
+                    text(shape), ", got ", text(lora_A.sizes()));
   TORCH_CHECK_VALUE(lora_B.size(0) == out && lora_B.size(1) == r, op, ": lora_B: expected shape (", text(out), ", ",
-                    text(r), ") for weight of shape ", text(weight.sizes()), " and lora_A of shape ",
-                    text(lora_A.sizes()), ", got ", text(lora_B.sizes()));
+                    text(r), ") for weight of shape ", text(shape), " and lora_A of shape ", text(lora_A.sizes()),
+                    ", got ", text(lora_B.sizes()));
   check_device(op, "lora_A", lora_A, "weight", weight);
   check_device(op, "lora_B", lora_B, "weight", weight);
   check_scaling(op, scaling);
+}
+
+inline void check_adapter(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                          double scaling, bool transposed) {
+  check_float(op, "weight", weight);
+  check_dim(op, "weight", weight, 2);
+  check_factors(op, weight.sizes(), weight, lora_A, lora_B, scaling, transposed);
 }
 
 // magnitude, norm, gain, bias: one number per output feature.
@@ -93,17 +98,23 @@ inline void check_norm(const Tensor& weight, const Tensor& lora_A, const Tensor&
   check_feature("dora_ext::norm", "magnitude", magnitude, lora_B.size(0), weight);
 }
 
+// What norm_cached and norm_nf4_cached keep between calls.
+inline void check_cached(const char* op, const Tensor& cached, const Tensor& fingerprint, const Tensor& weight,
+                         at::ScalarType dtype, int64_t out) {
+  check_feature(op, "cached", cached, out, weight);
+  TORCH_CHECK_TYPE(cached.scalar_type() == dtype && cached.is_contiguous(), op, ": cached: expected contiguous ", dtype,
+                   ", got ", cached.scalar_type());
+  check_shape(op, "fingerprint", fingerprint, {4});
+  TORCH_CHECK_TYPE(fingerprint.scalar_type() == at::kLong, op, ": fingerprint: expected int64, got ",
+                   fingerprint.scalar_type());
+  check_device(op, "fingerprint", fingerprint, "weight", weight);
+}
+
 inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
                               double scaling, bool transposed, const Tensor& cached, const Tensor& fingerprint) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
-  check_feature("dora_ext::norm_cached", "cached", cached, lora_B.size(0), weight);
-  TORCH_CHECK_TYPE(cached.scalar_type() == accumulate_type(weight.scalar_type()) && cached.is_contiguous(),
-                   "dora_ext::norm_cached: cached: expected contiguous ", accumulate_type(weight.scalar_type()),
-                   ", got ", cached.scalar_type());
-  check_shape("dora_ext::norm_cached", "fingerprint", fingerprint, {4});
-  TORCH_CHECK_TYPE(fingerprint.scalar_type() == at::kLong, "dora_ext::norm_cached: fingerprint: expected int64, got ",
-                   fingerprint.scalar_type());
-  check_device("dora_ext::norm_cached", "fingerprint", fingerprint, "weight", weight);
+  check_cached("dora_ext::norm_cached", cached, fingerprint, weight, accumulate_type(weight.scalar_type()),
+               lora_B.size(0));
 }
 
 // The output-shaped tensor `t` (…, out) or (batch, out, …) and what goes with it; returns the number of features.
@@ -204,65 +215,6 @@ inline void check_embedding(const char* op, const Tensor& ids, const Tensor& wei
   check_feature(op, "gain", gain, lora_B.size(0), weight);
 }
 
-inline void check_quantize_nf4(const Tensor& x, int64_t blocksize) {
-  check_float("dora_ext::quantize_nf4", "x", x);
-  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
-                    "dora_ext::quantize_nf4: blocksize: expected a power of two from 32 to 4096, got ",
-                    text(blocksize));
-}
-
-inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
-                                 at::ScalarType dtype, const OptionalTensor& nested_absmax,
-                                 const OptionalTensor& nested_code, const OptionalTensor& offset,
-                                 int64_t nested_blocksize) {
-  const char* op = "dora_ext::dequantize_nf4";
-  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
-                    ": blocksize: expected a power of two from 32 to 4096, got ", text(blocksize));
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
-                   ": dtype: expected bfloat16, float16 or float32, got ", dtype);
-  int64_t numel = 1;
-  for (const int64_t s : shape) {
-    TORCH_CHECK_VALUE(s >= 0, op, ": shape: expected sizes of at least 0, got ", text(shape));
-    numel *= s;
-  }
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed: expected uint8, got ", packed.scalar_type());
-  TORCH_CHECK_VALUE(packed.numel() == (numel + 1) / 2, op, ": packed: expected ", text((numel + 1) / 2),
-                    " bytes for shape ", text(shape), ", got ", text(packed.numel()));
-  const int64_t blocks = (numel + blocksize - 1) / blocksize;
-  TORCH_CHECK_VALUE(absmax.numel() == blocks, op, ": absmax: expected ", text(blocks), " values, one per ",
-                    text(blocksize), " weights, got ", text(absmax.numel()));
-  check_device(op, "absmax", absmax, "packed", packed);
-  if (!nested_absmax) {
-    TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ", absmax.scalar_type());
-    return;
-  }
-  TORCH_CHECK_TYPE(absmax.scalar_type() == at::kByte, op, ": absmax: expected uint8 with nested_absmax, got ",
-                   absmax.scalar_type());
-  TORCH_CHECK_VALUE(nested_blocksize > 0 && (nested_blocksize & (nested_blocksize - 1)) == 0, op,
-                    ": nested_blocksize: expected a power of two, got ", text(nested_blocksize));
-  const int64_t nested = (blocks + nested_blocksize - 1) / nested_blocksize;
-  TORCH_CHECK_VALUE(nested_absmax->scalar_type() == at::kFloat && nested_absmax->numel() == nested, op,
-                    ": nested_absmax: expected ", text(nested), " float32 values, got ", text(nested_absmax->numel()),
-                    " of ", nested_absmax->scalar_type());
-  TORCH_CHECK_VALUE(nested_code && nested_code->scalar_type() == at::kFloat && nested_code->numel() == 256, op,
-                    ": nested_code: expected 256 float32 values with nested_absmax");
-  check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
-  check_device(op, "nested_code", *nested_code, "packed", packed);
-  if (!offset) return;
-  TORCH_CHECK_VALUE(offset->scalar_type() == at::kFloat && offset->numel() == 1, op,
-                    ": offset: expected one float32 value, got ", text(offset->numel()), " of ", offset->scalar_type());
-  check_device(op, "offset", *offset, "packed", packed);
-}
-
-inline void check_quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t blocksize) {
-  const char* op = "dora_ext::quantize_absmax";
-  TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ", absmax.scalar_type());
-  check_dim(op, "absmax", absmax, 1);
-  TORCH_CHECK_TYPE(code.scalar_type() == at::kFloat, op, ": code: expected float32, got ", code.scalar_type());
-  check_shape(op, "code", code, {256});
-  check_device(op, "code", code, "absmax", absmax);
-  TORCH_CHECK_VALUE(blocksize > 0 && (blocksize & (blocksize - 1)) == 0, op,
-                    ": blocksize: expected a power of two, got ", text(blocksize));
-}
-
 }  // namespace dora_ext
+
+#include "check_nf4.h"

@@ -80,6 +80,18 @@ TORCH_LIBRARY(dora_ext, m) {
       "dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256)"
       " -> Tensor");
+  // norm of a W (out, in) that is packed in NF4: of the values that dequantize_nf4 gives in `dtype`, without unpacking
+  // more than a few rows at a time. A and B are not rounded to `dtype`; n and g are fp32.
+  m.def(
+      "norm_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype, Tensor? nested_absmax,"
+      " Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B, Tensor magnitude,"
+      " float scaling) -> (Tensor norm, Tensor gain)");
+  // The same through a cache, as norm_cached: the fingerprint covers all bits of A, B and the scales and a sample of
+  // every row and column of packed bytes. A new quantisation of W moves its scales.
+  m.def(
+      "norm_nf4_cached(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
+      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
+      " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
   // bitsandbytes' blockwise 8-bit quantisation, for nesting: absmax fp32 (blocks,), its mean already taken off; code
   // fp32 (256,), ascending.
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");

@@ -16,8 +16,10 @@ from dora_ext.nn import (
     DoraEmbeddingLayer,
     DoraLinear,
     DoraLinearLayer,
+    NF4Linear,
 )
 from dora_ext.norm_cache import invalidate_norms
+from dora_ext.ops import dequantize_nf4, quantize_nf4
 from dora_ext.unloading import merge, trainable_parameters, unload, unmerge
 
 __version__ = "0.1.0"
@@ -26,7 +28,7 @@ __all__ = [
     "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
     "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload", "save_adapter", "load_adapter",
-    "invalidate_norms",
+    "NF4Linear", "quantize_nf4", "dequantize_nf4", "invalidate_norms",
 ]  # fmt: skip
 
 _load.load_prebuilt()  # never compiles; without prebuilt kernels every op asks for dora_ext.load()

@@ -64,3 +64,11 @@ def full_float32(monkeypatch):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def bnb():
+    """bitsandbytes; its slow paths go through torch.compile, which would take longer than the tests."""
+    module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: nothing to compare bits with")
+    with torch.compiler.set_stance("force_eager"):
+        yield module

@@ -1,137 +1,11 @@
-"""NF4 against bitsandbytes itself, where it is installed, and against plain PyTorch."""
-
-import math
-from types import SimpleNamespace
+"""NF4 against plain PyTorch: nearest codes, exact values, any layout, what is refused."""
 
 import pytest
 import torch
-from torch import Tensor
+from nf4_cases import CODEBOOK, DTYPES, reference_dequantize, same_bits, shapes, weights
 
-from dora_ext.ops import NF4Tensor, dequantize_nf4, from_bitsandbytes, quantize_nf4
-from dora_ext.ops.nf4 import CODEBOOK, DYNAMIC_MAP
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
-
-
-@pytest.fixture
-def bnb():
-    """bitsandbytes; its slow paths go through torch.compile, which would take longer than the tests."""
-    module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: nothing to compare bits with")
-    with torch.compiler.set_stance("force_eager"):
-        yield module
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, signs of zeros included; a NaN equals any other."""
-    a, b = a.cpu(), b.cpu()
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    if a.is_floating_point():
-        a, b = a.where(~a.isnan(), 7.0), b.where(~b.isnan(), 7.0)
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
-
-
-def unpack(packed: Tensor, numel: int) -> Tensor:
-    return torch.stack([packed >> 4, packed & 15], 1).flatten()[:numel].long()
-
-
-def reference_dequantize(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    numel, scale = q.shape.numel(), q.absmax
-    if q.nested:
-        nested = q.nested_absmax.repeat_interleave(q.nested_blocksize)[: scale.numel()]
-        scale = q.nested_code[scale.long()] * nested + q.offset
-    scale = scale.repeat_interleave(q.blocksize)[:numel]
-    return (CODEBOOK.to(scale.device)[unpack(q.packed, numel)] * scale).to(dtype).view(q.shape)
-
-
-def weights(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """`shape` should hold some thousand weights, so that every code and a few blocks of zeros come up."""
-    half = dtype == torch.float16
-    x = torch.randn(shape)
-    x = x * {"usual": 1.0, "tiny": 1e-7 if half else 1e-39, "huge": 1e4 if half else 5e37}[kind]
-    x.view(-1)[: x.numel() // 4] = 0
-    return x.to(dtype).to(device)
-
-
-# Odd counts, odd rows, less than a block, many blocks and a few over. Rows of an even number of weights that end inside
-# a block are left out: bitsandbytes' AVX-512 dequantisation reads a wrong scale there.
-def shapes(blocksize: int) -> list[tuple[int, ...]]:
-    return [(1,), (7,), (blocksize + 1,), (3, 2 * blocksize), (2, 3, 5), (97, 131), (16 * blocksize + 5,)]
-
-
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_every_bit_equals_bitsandbytes(bnb, device, blocksize, dtype, double_quant):
-    for shape in shapes(blocksize):
-        for kind in ("usual", "tiny", "huge"):
-            x = weights(kind, shape, dtype, device)
-            packed, state = bnb.functional.quantize_4bit(
-                x, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
-            )
-            q = quantize_nf4(x, blocksize, double_quant)
-            assert same_bits(q.packed, packed.flatten()), (shape, kind)
-            assert same_bits(q.absmax, state.absmax), (shape, kind)
-            if double_quant:
-                assert same_bits(q.nested_absmax, state.state2.absmax), (shape, kind)
-                assert same_bits(q.nested_code, state.state2.code)
-                assert same_bits(q.offset, state.offset), (shape, kind)
-            read = from_bitsandbytes(packed, state)
-            for out_dtype in DTYPES:
-                state.dtype = out_dtype
-                expected = bnb.functional.dequantize_4bit(packed, state)
-                out = dequantize_nf4(read, out_dtype)
-                assert out.shape == x.shape
-                out, expected = out.flatten(), expected.flatten()
-                if device == "cpu" and out_dtype == torch.float16:
-                    # How bitsandbytes rounds to subnormals depends on the processor's instruction set.
-                    subnormal = (out.abs() < 2**-14) & (expected.abs() < 2**-14)
-                    assert (out[subnormal].float() - expected[subnormal].float()).abs().le(2**-24).all()
-                    out, expected = out[~subnormal], expected[~subnormal]
-                assert same_bits(out, expected), (shape, kind, out_dtype)
-
-
-def test_not_finite_weights_as_in_bitsandbytes(bnb, device):
-    x = torch.randn(8, 64)
-    x[1, 3], x[2, 5], x[3, 0], x[4, 7], x[4, 8] = math.inf, -math.inf, math.nan, math.inf, math.nan
-    packed, state = bnb.functional.quantize_4bit(x.to(device), blocksize=64, quant_type="nf4")
-    q = quantize_nf4(x.to(device), 64)
-    assert same_bits(q.packed, packed.flatten()) and same_bits(q.absmax, state.absmax)
-
-
-def test_nested_scales_of_many_blocks_equal_bitsandbytes(bnb, device):
-    for spread in (1.0, 1e-3, 30.0):
-        absmax = torch.randn(100_003, device=device) * spread
-        absmax[::1000] *= 50
-        absmax[512:1024] = 0
-        codes, state = bnb.functional.quantize_blockwise(absmax, blocksize=256)
-        ours, nested = torch.ops.dora_ext.quantize_absmax(absmax, DYNAMIC_MAP.to(device), 256)
-        assert same_bits(ours, codes) and same_bits(nested, state.absmax)
-
-
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_reads_linear4bit(bnb, device, double_quant, storage):
-    layer = bnb.nn.Linear4bit(
-        128, 96, bias=False, compress_statistics=double_quant, quant_type="nf4", quant_storage=storage
-    ).to(device)
-    expected = bnb.functional.dequantize_4bit(layer.weight.data.view(torch.uint8), layer.weight.quant_state)
-    for source in (layer, layer.weight, SimpleModule(layer)):
-        q = from_bitsandbytes(source)
-        assert q.nested == double_quant and q.shape == (96, 128)
-        assert same_bits(dequantize_nf4(q), expected)
-    assert q.packed.data_ptr() == layer.weight.data_ptr()
-    q = from_bitsandbytes(layer.weight.data.t(), layer.weight.quant_state)
-    assert same_bits(dequantize_nf4(q), expected)
-
-
-class SimpleModule(torch.nn.Module):
-    """A layer whose parameter has lost its quant_state, as under FSDP."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
-        self.quant_state = layer.weight.quant_state
+from dora_ext.ops import dequantize_nf4, quantize_nf4
+from dora_ext.ops.nf4 import DYNAMIC_MAP
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
@@ -211,18 +85,6 @@ def test_compiles_whole(device, double_quant):
     torch.testing.assert_close(compiled[1], expected[1], rtol=0 if not double_quant else 2e-2, atol=0)
 
 
-def test_reading_a_state_compiles_whole(device):
-    q = quantize_nf4(torch.randn(32, 64, device=device), double_quant=True)
-    state = state_of(q)
-
-    def product(x):
-        return x @ dequantize_nf4(from_bitsandbytes(q.packed[:, None], state)).t()
-
-    x = torch.randn(3, 64, device=device)
-    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), product(x))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(device, dtype):
     ops = torch.ops.dora_ext
@@ -291,67 +153,3 @@ def test_refuses_what_does_not_fit(device):
     for broken, error, message in bad:
         with pytest.raises(error, match=message):
             dequantize_nf4(broken)
-
-
-def state_of(q: NF4Tensor, **changes) -> SimpleNamespace:
-    """What bitsandbytes' QuantState would hold."""
-    inner = SimpleNamespace(absmax=q.nested_absmax, code=q.nested_code, blocksize=q.nested_blocksize)
-    fields = {
-        "absmax": q.absmax,
-        "shape": q.shape,
-        "code": CODEBOOK.to(q.packed.device, copy=True),
-        "dtype": q.dtype,
-        "blocksize": q.blocksize,
-        "quant_type": "nf4",
-        "offset": q.offset,
-        "state2": inner if q.nested else None,
-    }
-    return SimpleNamespace(**{**fields, **changes})
-
-
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_reads_a_state_without_bitsandbytes(device, double_quant):
-    q = quantize_nf4(torch.randn(8, 40, device=device), 32, double_quant)
-    for packed in (q.packed[:, None], q.packed[:, None].t(), q.packed.view(torch.float16)[:, None]):
-        read = from_bitsandbytes(packed, state_of(q))
-        assert same_bits(dequantize_nf4(read), dequantize_nf4(q))
-
-
-def test_refuses_corrupt_and_foreign_states(device):
-    x = torch.randn(8, 40, device=device)
-    q = quantize_nf4(x, 32)
-    n = quantize_nf4(x, 32, double_quant=True)
-    table = CODEBOOK.to(device, copy=True)
-    table[3] += 1e-6
-    inner = state_of(n).state2
-    bad = [
-        (x, None, ValueError, "it has no quant_state"),
-        (3, None, TypeError, "expected a tensor or a Linear4bit, got int"),
-        (torch.nn.Linear(4, 4), None, ValueError, "it has no quant_state"),
-        (q.packed, state_of(q, quant_type="fp4"), ValueError, "expected quant_type nf4, got fp4"),
-        (q.packed, state_of(q, code=table), ValueError, "not the table of NF4"),
-        (q.packed, state_of(q, code=table[:8]), ValueError, "code: expected 16 values, got 8"),
-        (q.packed, state_of(q, code=None), TypeError, "code: expected a float tensor"),
-        (q.packed, state_of(q, packing_format_for_cpu=True), ValueError, "reordered"),
-        (q.packed, state_of(q, dtype=torch.int8), TypeError, "dtype: expected a float dtype"),
-        (q.packed, state_of(q, blocksize=48), ValueError, "blocksize: expected a power of two"),
-        (q.packed, state_of(q, absmax=q.absmax[:-1]), ValueError, "absmax: expected 10 values .* got 9"),
-        (q.packed, state_of(q, absmax=q.absmax.to("meta")), ValueError, "absmax: expected it on"),
-        (q.packed, state_of(q, absmax=n.absmax), TypeError, "absmax: expected a float tensor"),
-        (q.packed[:-1], state_of(q), ValueError, "weight: expected 160 bytes .* got 159"),
-        (q.packed.to("meta"), state_of(q), ValueError, "on meta"),
-        (n.packed, state_of(n, absmax=q.absmax), TypeError, "absmax: expected uint8 when nested"),
-        (n.packed, state_of(n, offset=None), TypeError, "offset: expected a float tensor"),
-        (n.packed, state_of(n, offset=n.offset.to("meta")), ValueError, "offset: expected it on"),
-        (n.packed, state_of(n, absmax=n.absmax[1:]), ValueError, "absmax: expected 10 values"),
-    ]
-    for name, value, message in (
-        ("absmax", n.nested_absmax.repeat(2), "state2.absmax: expected 1 values, got 2"),
-        ("code", n.nested_code[:16], "state2.code: expected 256 values, got 16"),
-        ("blocksize", 100, "state2.blocksize: expected a power of two"),
-    ):
-        broken = SimpleNamespace(**{**vars(inner), name: value})
-        bad.append((n.packed, state_of(n, state2=broken), ValueError, message))
-    for packed, state, error, message in bad:
-        with pytest.raises(error, match=message):
-            from_bitsandbytes(packed, state)

@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "../nf4.h"
+#include "nf4_weight.h"
 
 namespace dora_ext {
 namespace {
@@ -27,13 +28,6 @@ void for_blocks(int64_t blocks, int64_t blocksize, const F& f) {
   at::parallel_for(0, blocks, std::max<int64_t>(1, kGrain / blocksize), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b);
   });
-}
-
-template <typename F>
-void switch_float(at::ScalarType t, const F& f) {
-  if (t == at::kFloat) return f(float{});
-  if (t == at::kHalf) return f(at::Half{});
-  f(at::BFloat16{});
 }
 
 // Largest |v|, NaN if there is one: compared as integers, where NaN is above infinity and the loop vectorises.
@@ -123,45 +117,19 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& c
   return {codes, nested};
 }
 
-float scale_of(const Nf4Scales& s, int64_t block) {
-  if (!s.nested_absmax) return static_cast<const float*>(s.absmax)[block];
-  // The product of two floats is exact in a double, so that it is rounded once and never fused with the sum.
-  const double code = s.code[static_cast<const uint8_t*>(s.absmax)[block]];
-  const float product = static_cast<float>(code * s.nested_absmax[block >> s.nested_shift]);
-  return s.offset ? product + *s.offset : product;
-}
-
-// A block has only 16 different weights: they are scaled and rounded once, the rest is looking up.
-template <typename T>
-void dequantize_block(const uint8_t* packed, float scale, int64_t count, T* out) {
-  T weight[16];
-  for (int i = 0; i < 16; ++i) weight[i] = static_cast<T>(kNf4.value[i] * scale);
-  for (int64_t i = 0; i < count / 2; ++i) {
-    out[2 * i] = weight[packed[i] >> 4];
-    out[2 * i + 1] = weight[packed[i] & 15];
-  }
-  if (count % 2) out[count - 1] = weight[packed[count / 2] >> 4];
-}
-
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
                       at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
                       const OptionalTensor& offset, int64_t nested_blocksize) {
   check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
-  const auto contiguous = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
-  const Tensor packed_ = packed.contiguous(), absmax_ = absmax.contiguous();
-  const Tensor nested = contiguous(nested_absmax), code = contiguous(nested_code), offset_ = contiguous(offset);
-  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
-  const Nf4Scales scales{absmax_.const_data_ptr(), pointer(nested), pointer(code), pointer(offset_),
-                         shift_of(nested_blocksize)};
-  Tensor out = at::empty(shape, packed_.options().dtype(dtype));
-  const uint8_t* from = packed_.const_data_ptr<uint8_t>();
+  const Nf4Weight weight(packed, absmax, blocksize, nested_absmax, nested_code, offset, nested_blocksize);
+  Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const int64_t numel = out.numel();
   switch_float(dtype, [&](auto tag) {
     using T = decltype(tag);
     T* to = out.mutable_data_ptr<T>();
     for_blocks(blocks_of(numel, blocksize), blocksize, [&](int64_t b) {
       const int64_t start = b * blocksize;
-      dequantize_block(from + start / 2, scale_of(scales, b), std::min(blocksize, numel - start), to + start);
+      weight.unpack<T>(start, std::min(blocksize, numel - start), to + start);
     });
   });
   return out;

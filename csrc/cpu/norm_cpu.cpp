@@ -1,5 +1,5 @@
 // n = |W + s B A| by output feature and g = m / n, on the CPU. The sum W + s B A exists a tile at a time, in registers.
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -9,29 +9,21 @@
 
 #include "faces.h"
 #include "fingerprint.h"
+#include "norm_rows.h"
 
 namespace dora_ext::cpu {
 namespace {
 
-// W is stored by output feature (out, in): one sum per row.
+// W where it is stored, by output feature (out, in).
 template <typename T>
-void norm_by_row(const Tensor& W, const Tensor& A, const Tensor& B, double scaling, Tensor& n) {
-  using Acc = acc_type<T>;
-  constexpr int64_t kRows = 64;  // of one call: reads a block of A from the L2 cache for so many rows
-  const int64_t out = W.size(0), in = W.size(1), ld = W.stride(0), r = A.size(0);
-  const Tensor panels = pack<T>(A, scaling);
-  const T* w = data<T>(W);
-  Acc* np = data<Acc>(n);
-  at::parallel_for(0, divide_up(out, kRows), grain(kRows * in), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t row = chunk * kRows, rows = std::min(kRows, out - row);
-      double sums[kRows];
-      const LowRank<Acc> low{data<Acc>(B) + row * B.stride(0), B.stride(0), B.stride(1), r, data<Acc>(panels)};
-      kernels<T>().square_rows(sums, w + row * ld, ld, rows, in, low);
-      for (int64_t i = 0; i < rows; ++i) np[row + i] = static_cast<Acc>(std::sqrt(sums[i]));
-    }
-  });
-}
+struct DenseRows {
+  static constexpr int64_t kRows = 64;
+  const T* w;
+  int64_t ld, columns;
+  static constexpr int64_t kScratch = 0;
+
+  const T* operator()(T*, int64_t row, int64_t, int64_t first, int64_t) const { return w + row * ld + first; }
+};
 
 // W is stored by input feature, `stored` (in, out): sums of blocks of rows, then of the blocks.
 template <typename T>
@@ -68,20 +60,9 @@ void norm_into(Tensor& n, const Tensor& weight, const Tensor& lora_A, const Tens
   if (W.stride(1) != 1 && !by_column) W = W.contiguous();
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    by_column ? norm_by_column<T>(W.t(), A, B, scaling, n) : norm_by_row<T>(W, A, B, scaling, n);
+    if (by_column) return norm_by_column<T>(W.t(), A, B, scaling, n);
+    norm_by_row<T>(DenseRows<T>{data<T>(W), W.stride(0), std::max<int64_t>(1, W.size(1))}, A, B, scaling, n);
   });
-}
-
-Tensor gain_of(const Tensor& magnitude, const Tensor& n) {
-  const Tensor m = contiguous_as(magnitude, n.scalar_type());
-  Tensor g = at::empty_like(n);
-  dispatch(n.scalar_type(), [&](auto element) {
-    using Acc = acc_type<decltype(element)>;
-    const Acc *mp = data<Acc>(m), *np = data<Acc>(n);
-    Acc* gp = data<Acc>(g);
-    for (int64_t j = 0; j < n.numel(); ++j) gp[j] = np[j] > 0 ? mp[j] / np[j] : 0;
-  });
-  return g;
 }
 
 std::tuple<Tensor, Tensor> norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,

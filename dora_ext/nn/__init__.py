@@ -5,6 +5,7 @@ from .conv import DoraConv1d, DoraConv2d, DoraConv3d
 from .embedding import DoraEmbedding
 from .layers import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer
 from .linear import DoraLinear
+from .nf4_linear import NF4Linear
 
 __all__ = [
     "DoraBase",
@@ -18,4 +19,5 @@ __all__ = [
     "DoraEmbeddingLayer",
     "DoraLinear",
     "DoraLinearLayer",
+    "NF4Linear",
 ]

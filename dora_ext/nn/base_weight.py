@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 from ..distributed import gathered as gathered
 from ..distributed import whole as whole
-from ..ops.nf4 import dequantize_nf4, from_bitsandbytes
+from ..ops.nf4 import NF4Tensor, dequantize_nf4
+from ..ops.nf4_bitsandbytes import from_bitsandbytes, restored_order
+from .nf4_linear import NF4Linear
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,25 +18,62 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     Knows bitsandbytes (4 and 8 bits), torchao and HQQ by their attributes, so that none of them need be installed.
     """
-    weight = whole(getattr(layer, "weight", None))
-    # FSDP replaces a Params4bit by a plain parameter; the layer still holds the state.
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    packed = packed_weight(layer)
+    if packed is not None:
+        return dequantize_nf4(packed)
+    weight, state = _weight_and_state(layer)
     if type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOAT_DTYPES and state is None:
         return weight
     if hasattr(layer, "W_q"):  # HQQ
         return layer.dequantize()
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
-    if type(weight).__name__ == "Params4bit" or state is not None:
-        # FP4, and weights that bitsandbytes has reordered for its own CPU product, are read by bitsandbytes alone.
-        if state is None or (state.quant_type == "nf4" and not getattr(state, "packing_format_for_cpu", False)):
-            return dequantize_nf4(from_bitsandbytes(weight, state))
-        import bitsandbytes
-
-        return bitsandbytes.functional.dequantize_4bit(weight.data, state)
+    if state is not None:
+        return _dequantised_fp4(weight, state)
     if type(weight).__name__ == "Int8Params":
         import bitsandbytes
 
         scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
     return weight
+
+
+def packed_weight(layer: nn.Module) -> NF4Tensor | None:
+    """The layer's weight as it is packed in NF4, sharing memory with it; None where it is anything else.
+
+    Raises:
+        ValueError, TypeError: bitsandbytes' quantisation state is corrupt or fits neither the weight nor the layer.
+    """
+    if isinstance(layer, NF4Linear):
+        return layer.nf4
+    weight, state = _weight_and_state(layer)
+    if type(weight).__name__ != "Params4bit" and state is None:
+        return None
+    kind = getattr(state, "quant_type", None)
+    if kind == "fp4":
+        return None
+    q = from_bitsandbytes(weight, state)
+    features = tuple(getattr(layer, name, None) for name in ("out_features", "in_features"))
+    if isinstance(layer, nn.Linear) and q.shape != features:
+        raise ValueError(f"{type(layer).__name__}: quant_state.shape: expected {features}, got {tuple(q.shape)}")
+    return q
+
+
+def _weight_and_state(layer: nn.Module) -> tuple[Tensor | None, object | None]:
+    weight = whole(getattr(layer, "weight", None))
+    # FSDP replaces a Params4bit by a plain parameter; the layer still holds the state.
+    return weight, getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _dequantised_fp4(weight: Tensor, state: object) -> Tensor:
+    import bitsandbytes
+
+    data, options = weight.data, {"quant_state": state}
+    if getattr(state, "packing_format_for_cpu", False):
+        # bitsandbytes' function would take the bytes to be in their usual order; from_bitsandbytes tells what they are.
+        data = restored_order(data.reshape(-1).view(torch.uint8), torch.Size(state.shape))[:, None]
+        options["quant_state"] = bitsandbytes.functional.QuantState(
+            absmax=state.absmax.T.reshape(-1).float(), shape=state.shape, code=state.code, blocksize=state.blocksize,
+            quant_type=state.quant_type, dtype=state.original_dtype,
+        )  # fmt: skip
+    return bitsandbytes.functional.dequantize_4bit(data, **options)

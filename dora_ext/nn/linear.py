@@ -1,12 +1,21 @@
 """DoraLinear: a frozen linear layer and its DoRA adapter in one module."""
 
+import warnings
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..ops import dora_linear
+from ..distributed import gathered, whole
+from ..ops import dora_linear, dora_linear_nf4, norm_and_gain, norm_and_gain_nf4
+from ..ops._registry import autocast_dtype
+from ..ops.linear_nf4 import linear_packed
 from .base import ADAPTER, DoraBase
+from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
+from .nf4_linear import NF4Linear, requantised_like
 
 
 class TransposedLinear(nn.Module):
@@ -51,8 +60,13 @@ class DoraLinear(DoraBase):
         fan_in_fan_out: W is (in, out), as GPT-2's Conv1D keeps it.
         adapter_dtype: of A, B, m; by default float32 where W is bfloat16 or float16, else W's dtype.
 
-    `from_base` wraps torch.nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit. x must have W's dtype (any
-    dtype if W is quantised), or autocast's.
+    `from_base` wraps torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, and NF4Linear. x
+    must have W's dtype (any dtype if W is quantised), or autocast's.
+
+    Over a 4-bit base the norm comes from the packed bytes, W is dequantised once in forward and once in backward, and
+    between them nothing of its size is kept. Products are made in the base layer's compute_dtype if it has one, as
+    bitsandbytes' Linear4bit does, else in autocast's or x's dtype; the answer has x's. `merge` keeps a dense folded
+    weight beside the packed one.
     """
 
     def __init__(
@@ -73,7 +87,40 @@ class DoraLinear(DoraBase):
         base = (TransposedLinear if fan_in_fan_out else nn.Linear)(in_features, out_features, bias, device, dtype)
         self._wrap(base, r, alpha, dropout, use_rslora, adapter_dtype)
 
-    def _check_base(self, layer: nn.Module) -> None:
+    @classmethod
+    def from_base(
+        cls,
+        layer: nn.Module,
+        *args: Any,
+        quantize: str | None = None,
+        double_quant: bool = True,
+        blocksize: int = 64,
+        **options: Any,
+    ) -> "DoraLinear":
+        """As DoraBase.from_base; with `quantize` around a packed copy of `layer`, which itself stays as it is.
+
+        Args:
+            quantize: "nf4": W is kept in 4 bits (NF4Linear), bit for bit as bitsandbytes packs it. A Conv1D's is turned
+                to (out, in) first.
+            double_quant: also keep the scales in 8 bits.
+            blocksize: weights per scale, a power of two from 32 to 4096.
+
+        Raises:
+            ValueError: another `quantize`, a block size out of range, or `layer` is quantised already.
+        """
+        if quantize is not None:
+            if quantize != "nf4":
+                raise ValueError(f'DoraLinear: quantize: expected "nf4" or None, got {quantize!r}')
+            cls._check_base(layer)
+            if type(layer.weight) not in (Tensor, nn.Parameter) or layer.weight.dtype not in FLOAT_DTYPES:
+                got = f"{type(layer).__name__} with {type(layer.weight).__name__} of {layer.weight.dtype}"
+                raise ValueError(f"DoraLinear: quantize: expected a layer with a dense weight, got {got}")
+            with gathered(layer):
+                layer = NF4Linear.from_linear(layer, double_quant, blocksize, is_transposed(layer))
+        return super().from_base(layer, *args, **options)
+
+    @staticmethod
+    def _check_base(layer: nn.Module) -> None:
         if not (isinstance(layer, nn.Linear) or is_transposed(layer)):
             raise TypeError(
                 "DoraLinear: layer: expected torch.nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit, "
@@ -97,34 +144,90 @@ class DoraLinear(DoraBase):
         delta = self.scaling * (lora_B @ lora_A)
         return gain * (weight + delta.T) if self.transposed else gain[:, None] * (weight + delta)
 
+    def weight_norm(self) -> Tensor:
+        """n (out,) = |W + s B A| per output feature, detached; float64 for a float64 weight, otherwise float32."""
+        packed = packed_weight(self.base_layer) if self.quantised else None
+        if packed is None:
+            return super().weight_norm()
+        with gathered(self):
+            adapter = (whole(t) for t in (*self._factors(), self.magnitude))
+            return norm_and_gain_nf4(packed, *adapter, scaling=self.scaling)[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        weight = self.merged_weight if self.merged else self._dense_weight()
-        if self.quantised:  # bitsandbytes, too, computes in the weight's dtype and answers in that of x
-            return self._forward(x.to(weight.dtype), weight).to(x.dtype)
-        return self._forward(x, weight)
+        if self.merged:
+            weight, bias = self.merged_weight, self.bias
+            if self.quantised:
+                bias = None if bias is None else bias.to(weight.dtype)
+                return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+            return F.linear(x, weight.T if self.transposed else weight, bias)
+        return self._quantised_forward(x) if self.quantised else self._forward(x, self.base_layer.weight)
 
     def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        bias = self.bias
-        if self.merged:
-            return F.linear(x, weight.T if self.transposed else weight, bias)
         adapter = (*self._factors(), self.magnitude)
         norm, gain = self._norm_and_gain(weight, *adapter)
         options = {"scaling": self.scaling, "transposed": self.transposed, "norm": norm, "gain": gain}
         if not (self.training and self.dropout):
-            return dora_linear(x, weight, *adapter, bias, **options)
+            return dora_linear(x, weight, *adapter, self.bias, **options)
         dropped = F.dropout(x, self.dropout)
-        y = dora_linear(dropped, weight, *adapter, bias, **options)
+        y = dora_linear(dropped, weight, *adapter, self.bias, **options)
         # What dropout took away still goes through the base layer, added inside the product: one rounding less.
         rest = (x - dropped).reshape(-1, self.in_features)
         weight_t = weight if self.transposed else weight.T
         return torch.addmm(y.reshape(-1, self.out_features), rest, weight_t).view_as(y)
 
-    def to_base(self) -> nn.Module:
+    def _quantised_forward(self, x: Tensor) -> Tensor:
+        packed = packed_weight(self.base_layer)
+        dense = dense_weight(self.base_layer) if packed is None else None
+        dtype = getattr(self.base_layer, "compute_dtype", None) or (
+            dense.dtype if packed is None else autocast_dtype(x) or x.dtype
+        )
+        inputs = x.to(dtype) if x.is_floating_point() else x
+        dropped, rest = inputs, None
+        if self.training and self.dropout:
+            dropped = F.dropout(inputs, self.dropout)
+            rest = inputs - dropped
+        adapter, s = (*self._factors(), self.magnitude), self.scaling
+        with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen
+            if packed is not None:
+                y = dora_linear_nf4(
+                    dropped, packed, *adapter, self.bias, scaling=s, cache=self.norm_cache, rest=rest
+                )  # fmt: skip
+            else:
+                norm, gain = norm_and_gain(dense, *adapter, scaling=s)
+                again = partial(_dense_in, self.base_layer, dtype)
+                y = linear_packed(
+                    dropped, again, (), adapter, self.bias, norm, gain, scaling=s, rest=rest, dense=dense.to(dtype)
+                )
+        return y.to(x.dtype)
+
+    def to_base(self, dequantize: bool = True) -> nn.Module:
         """A plain layer with the adapter folded into its weight: of the base layer's type, or torch.nn.Linear in place
-        of a quantised one. It shares no memory with this layer. Raises RuntimeError if the layer is merged."""
+        of a quantised one. It shares no memory with this layer.
+
+        Args:
+            dequantize: False: a 4-bit base (NF4Linear, or bitsandbytes' Linear4bit in NF4) stays one; the folded weight
+                is packed again, and a warning tells the error that this adds. It is of the size of NF4's own, some
+                8 %, and often as large as what was learned: so it isn't the default.
+
+        Raises:
+            RuntimeError: the layer is merged. ValueError: dequantize is False and the base is quantised in another way.
+        """
         if self.merged or not self.quantised:
             return super().to_base()
+        packed = packed_weight(self.base_layer)
+        if not dequantize:
+            if packed is None:
+                kind = type(self.base_layer).__name__
+                raise ValueError(f"DoraLinear.to_base: dequantize: expected True for {kind}, which is not in NF4")
+            layer, error = requantised_like(self.base_layer, self._merged(), packed)
+            if not error.is_meta:
+                warnings.warn(
+                    "DoraLinear.to_base: packing the folded weight into 4 bits again adds an error of "
+                    f"{error.item():.2e} (|packed - folded| / |folded|)",
+                    stacklevel=2,
+                )
+            return layer
         weight = self._merged()
         options = {"bias": self.bias is not None, "device": weight.device, "dtype": weight.dtype}
         plain = skip_init(nn.Linear, self.in_features, self.out_features, **options)
@@ -132,3 +235,7 @@ class DoraLinear(DoraBase):
         if self.bias is not None:
             plain.bias.copy_(self.bias)
         return plain
+
+
+def _dense_in(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    return dense_weight(layer).to(dtype)

@@ -1,0 +1,74 @@
+// A packed NF4 weight on the CPU, unpacked a stretch at a time: for dequantize_nf4 and for the norm.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../check.h"
+#include "../nf4.h"
+
+namespace dora_ext {
+
+// f(T()) for the dtypes that NF4 unpacks to.
+template <typename F>
+void switch_float(at::ScalarType t, const F& f) {
+  if (t == at::kFloat) return f(float{});
+  if (t == at::kHalf) return f(at::Half{});
+  f(at::BFloat16{});
+}
+
+class Nf4Weight {
+ public:
+  Nf4Weight(const Tensor& packed, const Tensor& absmax, int64_t blocksize, const OptionalTensor& nested_absmax,
+            const OptionalTensor& nested_code, const OptionalTensor& offset, int64_t nested_blocksize)
+      : packed_(packed.contiguous()),
+        absmax_(absmax.contiguous()),
+        nested_(contiguous(nested_absmax)),
+        code_(contiguous(nested_code)),
+        offset_(contiguous(offset)),
+        blocksize_(blocksize),
+        bytes_(packed_.const_data_ptr<uint8_t>()),
+        scales_{absmax_.const_data_ptr(), pointer(nested_), pointer(code_), pointer(offset_),
+                shift_of(nested_blocksize)} {}
+
+  // Weights begin ... begin + count of the flattened tensor, rounded to T. A block has only 16 different weights: they
+  // are scaled and rounded once, the rest is looking up.
+  template <typename T, typename Out>
+  void unpack(int64_t begin, int64_t count, Out* out) const {
+    for (const int64_t end = begin + count; begin < end;) {
+      const int64_t block = begin / blocksize_, stop = std::min(end, (block + 1) * blocksize_);
+      const float scale = scale_of(block);
+      Out weight[16];
+      for (int i = 0; i < 16; ++i) weight[i] = static_cast<Out>(static_cast<T>(kNf4.value[i] * scale));
+      if (begin % 2) *out++ = weight[bytes_[begin++ / 2] & 15];
+      for (; begin + 2 <= stop; begin += 2) {
+        const uint8_t pair = bytes_[begin / 2];
+        *out++ = weight[pair >> 4];
+        *out++ = weight[pair & 15];
+      }
+      if (begin < stop) *out++ = weight[bytes_[begin++ / 2] >> 4];
+    }
+  }
+
+ private:
+  static Tensor contiguous(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
+  static const float* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+  float scale_of(int64_t block) const {
+    const Nf4Scales& s = scales_;
+    if (!s.nested_absmax) return static_cast<const float*>(s.absmax)[block];
+    // The product of two floats is exact in a double, so that it is rounded once and never fused with the sum.
+    const double code = s.code[static_cast<const uint8_t*>(s.absmax)[block]];
+    const float product = static_cast<float>(code * s.nested_absmax[block >> s.nested_shift]);
+    return s.offset ? product + *s.offset : product;
+  }
+
+  Tensor packed_, absmax_, nested_, code_, offset_;  // hold the memory that the rest points into
+  int64_t blocksize_;
+  const uint8_t* bytes_;
+  Nf4Scales scales_;
+};
+
+}  // namespace dora_ext
