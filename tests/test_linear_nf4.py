@@ -1,0 +1,200 @@
+"""The linear op over packed NF4 weights: values, gradients, what is kept between forward and backward."""
+
+import pytest
+import torch
+from nf4_cases import DTYPES
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dora_ext import reference
+from dora_ext.norm_cache import NormCache
+from dora_ext.ops import dequantize_nf4, dora_linear, dora_linear_nf4, quantize_nf4
+from dora_ext.testing import TOLERANCE, assert_close, doubles
+
+NAMES = ("x", "lora_A", "lora_B", "magnitude", "bias")
+
+
+def problem(out=48, n_in=96, r=4, tokens=7, *, dtype=torch.float32, own=torch.float32, device="cpu", zero_rows=()):
+    """Adapters in float32; x in `dtype`, W quantised from `own`."""
+    weight, lora_B = torch.randn(out, n_in) / n_in**0.5, torch.randn(out, r) / (2 * r**0.5)
+    for row in zero_rows:
+        weight[row] = lora_B[row] = 0
+    q = quantize_nf4(weight.to(device, own), double_quant=not zero_rows)
+    tensors = {
+        "x": torch.randn(2, tokens, n_in).to(dtype),
+        "lora_A": torch.randn(r, n_in) / n_in**0.5,
+        "lora_B": lora_B,
+        "magnitude": torch.rand(out) + 0.5,
+        "bias": torch.randn(out),
+    }
+    return q, {k: t.to(device).requires_grad_() for k, t in tensors.items()}
+
+
+def gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+    grads = torch.autograd.grad(y, [tensors[n] for n in NAMES], grad_y)
+    return {"y": y, **dict(zip(NAMES, grads, strict=True))}
+
+
+def truth(q, tensors, scaling, dtype=torch.float32):
+    t = doubles(tensors)
+    weight = dequantize_nf4(q).to(dtype).double().cpu()
+    y = reference.linear(
+        t["x"], weight, t["lora_A"], t["lora_B"], t["magnitude"], scaling, t["bias"]
+    )  # fmt: skip
+    return gradients(y, t)
+
+
+@pytest.mark.parametrize("own", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_against_the_reference(device, dtype, own):
+    q, t = problem(dtype=dtype, own=own, device=device)
+    y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    assert y.dtype == dtype
+    expected = truth(q, t, 1.5)
+    # The norm is float32 for every x; x's dtype rounds W where that is wider.
+    tolerance = max(TOLERANCE[dtype], 1e-6)
+    for name, value in gradients(y, t).items():
+        assert_close(value, expected[name], tolerance, name)
+
+
+def test_equals_the_op_over_the_unpacked_weight(device):
+    q, t = problem(device=device)
+    rest = [t[n] for n in NAMES[1:]]
+    ours = gradients(dora_linear_nf4(t["x"], q, *rest, scaling=1.5), t)
+    dense = gradients(dora_linear(t["x"], dequantize_nf4(q), *rest, scaling=1.5), t)
+    for name, value in ours.items():
+        assert_close(value, dense[name], 1e-6, name)
+
+
+def test_zero_rows_and_zero_magnitudes():
+    q, t = problem(zero_rows=(2, 5))
+    with torch.no_grad():
+        t["magnitude"][7:9] = 0  # u is not found from y there
+    y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    assert torch.equal(y[..., [2, 5]], t["bias"][[2, 5]].expand(2, 7, 2))
+    ours, expected = gradients(y, t), truth(q, t, 1.5)
+    for name in ours:
+        assert_close(ours[name], expected[name], 1e-5, name)
+
+
+def test_rest_goes_through_the_base_alone(device):
+    q, t = problem(device=device)
+    rest = torch.randn_like(t["x"]).requires_grad_()
+    arguments = [t[n] for n in NAMES[1:]]
+    y = dora_linear_nf4(t["x"], q, *arguments, scaling=1.5, rest=rest)
+    weight = dequantize_nf4(q)
+    expected = dora_linear(t["x"], weight, *arguments, scaling=1.5) + rest @ weight.T
+    assert_close(y, expected, 1e-6)
+    leaves = [rest, *t.values()]
+    for ours, other in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in (y, expected)), strict=True):
+        assert_close(ours, other, 1e-5)
+
+
+def kept(forward, *inputs: Tensor) -> int:
+    """Bytes that autograd keeps, besides the inputs and what they share memory with."""
+    known, sizes = {t.untyped_storage().data_ptr() for t in inputs}, {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()
+    sizes.pop(y.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def test_keeps_the_packed_weight_only(device):
+    q, t = problem(256, 512, 4, 8, device=device)
+    forward = lambda: dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.0)  # noqa: E731
+    tensors = [v for v in q if isinstance(v, Tensor)]
+    assert kept(forward, *t.values(), *tensors) < 16 * 256 * 4 < 256 * 512  # h, norm and gain
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_one_dequantisation_in_each_direction(monkeypatch, cached):
+    q, t = problem()
+    calls = []
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    op = torch.ops.dora_ext.dequantize_nf4.default
+    cache = NormCache() if cached else None
+    with Count():
+        y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.0, cache=cache)
+        assert calls.count(op) == 1
+        y.sum().backward()
+        assert calls.count(op) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant):
+    q, t = problem()
+    cache = NormCache()
+
+    def forward(x):
+        return dora_linear_nf4(x, q, *(t[n] for n in NAMES[1:]), scaling=1.5, cache=cache)
+
+    expected = gradients(forward(t["x"]), t)
+    ours = {"y": checkpoint(forward, t["x"], use_reentrant=reentrant)}
+    ours["y"].backward(torch.randn(ours["y"].shape, generator=torch.Generator().manual_seed(3)))
+    ours |= {n: t[n].grad for n in NAMES}
+    for name in expected:
+        assert torch.equal(ours[name], expected[name])
+    assert cache.computed == 1
+
+
+def test_overwritten_results_and_weights():
+    q, t = problem()
+    arguments = [t[n] for n in NAMES[1:]]
+    # Overwritten, the saved output serves no more, and u is computed again.
+    results = []
+    for inplace in (False, True):
+        y = dora_linear_nf4(t["x"], q, *arguments, scaling=1.5)
+        results.append(gradients(torch.nn.functional.relu(y, inplace=inplace), t))
+    for name in NAMES:
+        assert_close(results[1][name], results[0][name], 1e-5, name)
+    y = dora_linear_nf4(t["x"], q, *arguments, scaling=1.5)
+    q.packed.bitwise_xor_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_autocast_chooses_the_dtype():
+    q, t = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    assert y.dtype == torch.bfloat16
+    expected = truth(q, t, 1.5)
+    for name, value in gradients(y, t).items():
+        assert_close(value, expected[name], TOLERANCE[torch.bfloat16] * 1.5, name)
+
+
+def test_compiles_whole_and_trains():
+    q, t = problem()
+
+    def forward(x, *arguments):
+        return dora_linear_nf4(x, q, *arguments, scaling=1.5)
+
+    arguments = [t[n] for n in NAMES]
+    expected = gradients(forward(*arguments), t)
+    compiled = gradients(torch.compile(forward, fullgraph=True, backend="aot_eager")(*arguments), t)
+    for name in expected:
+        assert_close(compiled[name], expected[name], 1e-6, name)
+
+
+def test_refuses_what_does_not_fit():
+    q, t = problem()
+    arguments = [t[n] for n in NAMES[1:]]
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., 96\).*got \[3, 95\]"):
+        dora_linear_nf4(torch.randn(3, 95), q, *arguments, scaling=1.0)
+    with pytest.raises(TypeError, match="expected bfloat16, float16, float32 or float64"):
+        dora_linear_nf4(torch.ones(3, 96, dtype=torch.int64), q, *arguments, scaling=1.0)
+    with pytest.raises(ValueError, match="absmax: expected 72 values"):
+        dora_linear_nf4(t["x"], q._replace(absmax=q.absmax[1:]), *arguments, scaling=1.0)
