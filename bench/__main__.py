@@ -1,4 +1,4 @@
-"""python -m bench [linear] [error]: runs the benchmarks and writes bench/results/<device>.json.
+"""python -m bench [linear] [error] [nf4]: runs the benchmarks and writes bench/results/<device>.json.
 
 A rival that fails is written down with its error and the rest goes on. Tables come last: the end of a log has them.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_error, bench_linear, measure
+from . import bench_error, bench_linear, bench_nf4, measure
 
-BENCHES = {"linear": bench_linear, "error": bench_error}
+BENCHES = {"linear": bench_linear, "error": bench_error, "nf4": bench_nf4}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,6 +53,7 @@ def facts(device: str, commit: str | None) -> dict:
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "torch": torch.__version__,
         "peft": _version("peft"),
+        "bitsandbytes": _version("bitsandbytes"),
         "python": platform.python_version(),
         "commit": commit or _output("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -2,6 +2,7 @@
 call, so that a kept norm is stale, as after an optimizer step."""
 
 import gc
+from collections.abc import Callable
 
 import torch
 
@@ -38,7 +39,7 @@ def run(device: str, quick: bool, note) -> list[dict]:
         names = [n for n in NAMES if n != "peft_dora_compiled" or (device == "cuda" and shape in COMPILED_SHAPES)]
         if quick:
             names = [n for n in names if n != "peft_dora_compiled"]
-        measure = _cuda if device == "cuda" else _cpu
+        measure = on_cuda if device == "cuda" else on_cpu
         rows.append(vars(shape) | {"rivals": measure(shape, names, quick)})
     return rows
 
@@ -47,7 +48,7 @@ def _error(error: Exception) -> dict:
     return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def _cuda(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
+def on_cuda(shape: Shape, names: list[str], quick: bool, make: Callable | None = None) -> dict[str, dict]:
     """bf16 throughout, no bias. One rival at a time: the others' memory is not its own."""
     problem = Problem.random(shape, "cuda", torch.bfloat16, bias=False)
     repeats = 8 if quick else 30
@@ -55,7 +56,7 @@ def _cuda(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
     for name in names:
         result = results[name] = {}
         try:
-            rival = build(name, problem)
+            rival = (make or build)(name, problem)
             result["wall_ms"] = wall_ms(rival.step, rival.touch, repeats)
             result["peak_mib"] = peak_mib(rival.step, rival.touch)
             result["device_ms"] = device_ms(rival.step, repeats)
@@ -68,14 +69,14 @@ def _cuda(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
     return results
 
 
-def _cpu(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
+def on_cpu(shape: Shape, names: list[str], quick: bool, make: Callable | None = None) -> dict[str, dict]:
     """fp32, with bias."""
     problem = Problem.random(shape, "cpu", torch.float32, bias=True)
     results: dict[str, dict] = {}
     rivals: dict[str, Rival] = {}
     for name in names:
         try:
-            rivals[name] = build(name, problem)
+            rivals[name] = (make or build)(name, problem)
             results[name] = {"peak_mib": cpu_peak_mib(rivals[name].step, rivals[name].touch)}
         except Exception as error:
             rivals.pop(name, None)
@@ -86,15 +87,17 @@ def _cpu(shape: Shape, names: list[str], quick: bool) -> dict[str, dict]:
     return results
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict], captions_of: dict[str, str] = NAMES) -> list[str]:
     """Markdown: a column for each rival, a cell for what it took."""
-    names = [n for n in NAMES if any(n in row["rivals"] for row in rows)]
+    names = [n for n in captions_of if any(n in row["rivals"] for row in rows)]
     captions = {"device_ms": "device ms", "wall_ms": "wall ms", "peak_mib": "peak MiB"}
     measures = [m for m in captions if any(m in r for row in rows for r in row["rivals"].values())]
     lines = [
         f"Each cell: {' / '.join(captions[m] for m in measures)}.",
         "",
-        "| tokens, in → out, r | " + " | ".join(f"**{NAMES[n]}**" if n == OURS else NAMES[n] for n in names) + " |",
+        "| tokens, in → out, r | "
+        + " | ".join(f"**{captions_of[n]}**" if n.startswith(OURS) else captions_of[n] for n in names)
+        + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for row in rows:

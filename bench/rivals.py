@@ -102,21 +102,21 @@ def build(name: str, problem: Problem) -> Rival:
     return Rival(layer, forward, problem)
 
 
-def _ours(problem: Problem) -> nn.Module:
+def _ours(problem: Problem, base: nn.Module | None = None, **options) -> nn.Module:
     from dora_ext.nn import DoraLinear
 
-    layer = DoraLinear.from_base(problem.base(), r=problem.r, alpha=problem.scaling * problem.r)
+    layer = DoraLinear.from_base(base or problem.base(), r=problem.r, alpha=problem.scaling * problem.r, **options)
     _set_factors(layer, problem)
     return layer
 
 
-def _peft(problem: Problem, use_dora: bool) -> nn.Module:
+def _peft(problem: Problem, use_dora: bool, base: nn.Module | None = None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=problem.r, lora_alpha=problem.scaling * problem.r, use_dora=use_dora, target_modules=["0"], lora_dropout=0.0
     )
-    model = get_peft_model(nn.Sequential(problem.base()), config, autocast_adapter_dtype=False)
+    model = get_peft_model(nn.Sequential(base or problem.base()), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     _set_factors(layer, problem)
     return layer

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("peft")
 from bench import __main__ as program
-from bench import bench_error, bench_linear, measure, rivals, tables
+from bench import bench_error, bench_linear, bench_nf4, measure, rivals, tables
 
 ROOT = Path(__file__).parents[1]
 SMALL = rivals.Shape(8, 16, 24, 2)
@@ -40,6 +40,17 @@ def test_rivals_compute_the_same_layer(name):
         assert max(errors.values()) < 1e-12
 
 
+@pytest.mark.parametrize("name", bench_nf4.NAMES)
+def test_rivals_over_four_bits_compute_the_same_layer(bnb, name):
+    problem = rivals.Problem.random(SMALL, "cpu", torch.float32, bias=True)
+    rival = bench_nf4.build(name, problem)
+    weight = bench_nf4.linear4bit(problem).weight
+    problem.weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    same = rivals.build("peft_lora" if name == "peft_qlora" else "peft_dora", problem)
+    for ours, expected in zip(rival.step(), same.step(), strict=True):
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
     build = rivals.build
 
@@ -50,7 +61,8 @@ def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
 
     for module in (bench_linear, bench_error):
         monkeypatch.setattr(module, "build", fail_for_one)
-    monkeypatch.setattr(bench_linear, "CPU_SHAPES", [SMALL])
+    for module in (bench_linear, bench_nf4):
+        monkeypatch.setattr(module, "CPU_SHAPES", [SMALL])
     out = tmp_path / "new" / "r.json"
     assert program.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
     results = json.loads(out.read_text())
