@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, DoraConfig
+from .distributed import gathered
 from .nn import DoraBase, DoraConv1d, DoraConv2d, DoraConv3d, DoraEmbedding, DoraLinear
 from .nn.folded import FoldedLayer
 from .nn.linear import is_transposed
@@ -131,18 +132,19 @@ def _initialise(layer: DoraBase, init_lora_weights: bool | str) -> None:
     """As PEFT's reset_lora_parameters does it; `layer` is as from_base left it."""
     if init_lora_weights is True:
         return
-    lora_A, lora_B = layer._factors()
     embedding = isinstance(layer, DoraEmbedding)
-    if init_lora_weights is False:
-        for factor in (lora_A, lora_B):
-            if embedding:
-                nn.init.normal_(factor)
-            else:
-                nn.init.kaiming_uniform_(factor, a=5**0.5)
-    elif not embedding:
-        nn.init.normal_(lora_A, std=1 / layer.r)
-    if not layer.magnitude.is_meta:
-        layer.magnitude.copy_(layer.weight_norm().view_as(layer.magnitude))
+    with gathered(layer, write=True):
+        lora_A, lora_B = layer._factors()
+        if init_lora_weights is False:
+            for factor in (lora_A, lora_B):
+                if embedding:
+                    nn.init.normal_(factor)
+                else:
+                    nn.init.kaiming_uniform_(factor, a=5**0.5)
+        elif not embedding:
+            nn.init.normal_(lora_A, std=1 / layer.r)
+        if not layer.magnitude.is_meta:
+            layer.magnitude.copy_(layer.weight_norm().view_as(layer.magnitude))
 
 
 @contextmanager
