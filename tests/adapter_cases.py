@@ -36,6 +36,31 @@ ALL = ["embed", "up", "down", "conv1", "conv2", "conv3"]
 IDS = torch.arange(10).view(2, 5) % 13
 
 
+def expert_model():
+    """Numbers within numbers, as in a mixture of experts, and a list of blocks at the top."""
+
+    def block():
+        return nn.ModuleDict(
+            {
+                "attn": nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q_proj", "k_proj", "out_proj")}),
+                "experts": nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(4, 6)}) for _ in range(3)),
+                "mlp": nn.ModuleDict({"up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}),
+            }
+        )
+
+    decoder = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(3)), "embed": nn.Embedding(5, 4)})
+    return nn.ModuleDict(
+        {
+            "model": decoder,
+            "h": nn.ModuleList(block() for _ in range(2)),
+            "q_proj": nn.Linear(4, 4),
+            "xq_proj": nn.Linear(4, 4),
+            "conv": nn.Conv2d(4, 4, 3),
+            "head": nn.Linear(4, 5),
+        }
+    )
+
+
 def move(model):
     """As after some training."""
     torch.manual_seed(1)
