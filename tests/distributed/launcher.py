@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-SCENARIOS = "distributed.scenarios"
-
 
 class RanksFailed(AssertionError):
     """Some rank raised, died or did not answer in time."""
@@ -34,7 +32,7 @@ class Rank:
 class Ranks:
     """`world` processes on "cpu" (gloo) or "cuda" (NCCL, a GPU each); `timeout` in seconds is the process group's."""
 
-    def __init__(self, world: int, device: str, folder: Path, timeout: float = 60) -> None:
+    def __init__(self, world: int, device: str, folder: Path, timeout: float = 30) -> None:
         self.world, self.device, self.folder, self.timeout = world, device, folder, timeout
         self._processes: list = []
         self._pipes: list = []
@@ -55,7 +53,7 @@ class Ranks:
             self._pipes.append(ours)
 
     def run(self, scenario: str, **options) -> list:
-        """The scenario's result from each rank. Raises RanksFailed with what the ranks said."""
+        """Each rank's result of a scenario, "module.function" of this folder. RanksFailed tells what they said."""
         answers = self.answers(scenario, **options)
         failed = [f"rank {rank}: {text}" for rank, (kind, text) in enumerate(answers) if kind != "result"]
         if failed:
@@ -103,7 +101,6 @@ def _serve(rank: int, world: int, device: str, meeting: str, timeout: float, pip
         "nccl" if device == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
-    scenarios = importlib.import_module(SCENARIOS)
     while True:
         try:
             name, options = pipe.recv()
@@ -111,7 +108,9 @@ def _serve(rank: int, world: int, device: str, meeting: str, timeout: float, pip
             return
         try:
             torch.manual_seed(0)
-            answer = ("result", getattr(scenarios, name)(Rank(rank, world, here), **options))
+            module, _, function = name.partition(".")
+            scenario = getattr(importlib.import_module(f"distributed.{module}"), function)
+            answer = ("result", scenario(Rank(rank, world, here), **options))
         except Exception:
             answer = ("raised", traceback.format_exc())
         pipe.send(answer)
