@@ -62,7 +62,6 @@ class _Entry:
         return down.shape[0] if down.dim() else 0
 
 
-@torch.no_grad()
 def load_kohya(
     model: nn.Module, file: str | os.PathLike, *, prefix: str = "lora_unet_", other_prefixes: Iterable[str] = ()
 ) -> nn.Module:
@@ -100,7 +99,7 @@ def load_kohya(
     refuse("load_kohya", problems)
 
     present = dora_layers(inner)
-    with flags_kept_on_error(inner) as flags:
+    with flags_kept_on_error(inner) as flags, torch.no_grad():
         new = {}
         for name, entry in found.items():
             base = inner.get_submodule(name)
@@ -111,14 +110,14 @@ def load_kohya(
     for name, layer in (present | new).items():
         if isinstance(layer, DoraBase):
             for parameter, value in zip((*layer._factors(), layer.magnitude), found[name].factors, strict=True):
-                with gathered([parameter], write=True):
+                with torch.no_grad(), gathered([parameter], write=True):
                     copy_whole(parameter, value)
     place(inner, new, flags)
-    folded = [name for name, entry in found.items() if entry.by_input]
+    folded = sorted(name for name, entry in found.items() if entry.by_input)
     if folded:
         warnings.warn(
-            f"{path}: {folded[0]} and {len(folded) - 1} other layers have a magnitude for each input: they are folded "
-            "into the weights, for inference only",
+            f"{path}: {len(folded)} layers ({', '.join(folded)}) have a magnitude for each input: they are folded into "
+            "their weights, for inference only",
             stacklevel=2,
         )
     return model
@@ -138,9 +137,9 @@ def _sort(
             problems.append(f"{key} is {kind}: not supported" if kind else f"unknown key {key}")
         elif not key.startswith(prefix):
             problems.append(f"unknown key {key}: expected prefix={prefix!r}, or one of other_prefixes")
-        elif not value.is_floating_point():
-            problems.append(f"{key}: expected floating point numbers, got {value.dtype}")
         else:
+            if not value.is_floating_point():
+                problems.append(f"{key}: expected floating point numbers, got {value.dtype}")
             entries.setdefault(stem.removeprefix(prefix), _Entry()).tensors[part] = value
     return entries, problems
 
