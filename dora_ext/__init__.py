@@ -4,6 +4,7 @@ from dora_ext import _load
 from dora_ext._load import load
 from dora_ext.adapter import load_adapter, save_adapter
 from dora_ext.config import DoraConfig
+from dora_ext.files import AdapterError
 from dora_ext.injection import inject
 from dora_ext.kohya import load_kohya
 from dora_ext.nn import (
@@ -27,7 +28,7 @@ __all__ = [
     "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
     "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload",
-    "save_adapter", "load_adapter", "load_kohya",
+    "save_adapter", "load_adapter", "load_kohya", "AdapterError",
     "invalidate_norms",
 ]  # fmt: skip
 

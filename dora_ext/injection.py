@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,6 +54,7 @@ def dora_layers(model: nn.Module) -> dict[str, DoraBase]:
 
 
 def folded_layers(model: nn.Module) -> dict[str, FoldedLayer]:
+    """Every layer in `model` that has an adapter folded in beside its base layer, by its module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FoldedLayer)}
 
 
@@ -193,6 +194,9 @@ def inject(model: nn.Module, target_modules: DoraConfig | str | Iterable[str] = 
     Returns:
         `model` itself.
 
+    Warns of fields that fit nothing, as PEFT does, and of a layer whose weight another one shares (an embedding and a
+    language model's head): its adapter changes that layer alone.
+
     Raises:
         TypeError, ValueError: a field is wrong, or nothing in the model fits; the model is as it was.
     """
@@ -201,8 +205,9 @@ def inject(model: nn.Module, target_modules: DoraConfig | str | Iterable[str] = 
             raise TypeError(f"inject: {', '.join(options)}: given beside a DoraConfig; put them into it")
         config = target_modules
     else:
-        named = target_modules if isinstance(target_modules, (str, Collection)) else tuple(target_modules)
-        config = DoraConfig(target_modules=named, **options)
+        if isinstance(target_modules, Iterable) and not isinstance(target_modules, str):
+            target_modules = tuple(target_modules)
+        config = DoraConfig(target_modules=target_modules, **options)
     inner = unwrapped(model)
     names = target_names(inner, config)
     if not names:

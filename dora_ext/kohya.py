@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import copy_whole, gathered
-from .files import read_safetensors, refuse
+from .files import AdapterError, read_safetensors, refuse
 from .injection import dora_class, dora_layers, flags_kept_on_error, folded_layers, place, unwrapped
 from .nn import DoraBase
 from .nn.base_weight import dense_weight
@@ -106,7 +106,10 @@ def load_kohya(
             if entry.by_input:
                 new[name] = _fold(base, entry)
             elif name not in present:
-                new[name] = dora_class(base).from_base(base, r=entry.r, alpha=entry.alpha)
+                try:
+                    new[name] = dora_class(base).from_base(base, r=entry.r, alpha=entry.alpha)
+                except (TypeError, ValueError) as error:
+                    raise AdapterError(f"load_kohya: {name}: {error}") from error
     for name, layer in (present | new).items():
         if isinstance(layer, DoraBase):
             for parameter, value in zip((*layer._factors(), layer.magnitude), found[name].factors, strict=True):

@@ -79,6 +79,8 @@ def test_options_beside_a_config():
         inject(expert_model(), DoraConfig(), r=4)
     with pytest.raises(TypeError, match="lora_alpha"):
         inject(expert_model(), lora_alpha=4)
+    with pytest.raises(TypeError, match="DoraConfig: target_modules: expected a string or a list of strings, got None"):
+        inject(expert_model(), None)
 
 
 @pytest.mark.parametrize(

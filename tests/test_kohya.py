@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from dora_ext import inject, load_kohya, merge, save_adapter, trainable_parameters, unload
 from dora_ext.injection import dora_layers, folded_layers
-from dora_ext.testing import assert_close
+from dora_ext.testing import DEVICES, assert_close
 
 pytest.importorskip("safetensors.torch")
 
@@ -25,9 +25,11 @@ def net():
 
 @pytest.mark.parametrize("by_input", [(), LAYERS, ["blocks.1.down", "conv2"]], ids=["outputs", "inputs", "mixed"])
 @pytest.mark.parametrize("alpha", [3.0, None])
-def test_output_is_the_formula(net, tmp_path, by_input, alpha):
+@pytest.mark.parametrize("device", DEVICES)
+def test_output_is_the_formula(net, tmp_path, by_input, alpha, device):
     tensors, weights = kohya(net, by_input=by_input, alpha=alpha)
-    expected = functional_call(net, weights, IDS)
+    expected = [y.to(device) for y in functional_call(net, weights, IDS)]
+    net, ids = net.to(device), IDS.to(device)
     path = write(tmp_path, tensors)
     if by_input:
         with pytest.warns(UserWarning, match=rf"{len(by_input)} layers \({sorted(by_input)[0]}, .*they are folded"):
@@ -36,12 +38,12 @@ def test_output_is_the_formula(net, tmp_path, by_input, alpha):
         assert load_kohya(net, path) is net
     assert set(folded_layers(net)) == set(by_input)
     assert set(dora_layers(net)) == set(LAYERS) - set(by_input)
-    assert_same(net(IDS), expected, 1e-12)
+    assert_same(net(ids), expected, 1e-12)
     for name in LAYERS:
         layer = net.get_submodule(name)
         assert_close((layer if name in by_input else layer.to_base()).weight, weights[f"{name}.weight"], 1e-12)
     unload(net, merge=True)
-    assert_same(net(IDS), expected, 1e-12)
+    assert_same(net(ids), expected, 1e-12)
     assert not dora_layers(net) and not folded_layers(net)
 
 
