@@ -63,10 +63,10 @@ def linear_with_bias(
     norm: Tensor, gain: Tensor,
 ) -> Tensor:  # fmt: skip
     """dora_linear with the bias inside the base product. Shapes and dtypes are dora_linear's."""
-    dtype = autocast_dtype(x) or x.dtype
-    x, weight = x.to(dtype), weight.to(dtype)
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-        product = F.linear(x, weight.T if transposed else weight, bias.to(dtype))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    product = F.linear(x.detach(), weight.T if transposed else weight, bias.detach().to(x.dtype))
     return _OverProduct.apply(x, A, B, m, bias, weight, None, product, norm, gain, float(scaling), transposed)
 
 
