@@ -181,6 +181,8 @@ def _target_modules(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]
 
 
 def _read_config(path: Path) -> DoraConfig:
+    if path.parent.is_file():
+        raise AdapterError(f"load_adapter: {path.parent}: expected PEFT's folder, got a file: perhaps load_kohya's")
     if not path.is_file():
         raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {path.parent}")
     try:

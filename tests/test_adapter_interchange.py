@@ -172,6 +172,12 @@ REFUSED = {
 }
 
 
+def test_a_file_is_no_folder(tmp_path):
+    safetensors_torch.save_file({"lora_unet_up.alpha": torch.ones(())}, tmp_path / "kohya.safetensors")
+    with pytest.raises(AdapterError, match="load_adapter: .*expected PEFT's folder, got a file: perhaps load_kohya's"):
+        load_adapter(Net(), tmp_path / "kohya.safetensors")
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_configs(case, tmp_path):
     changes, message = REFUSED[case]
