@@ -174,7 +174,7 @@ REFUSED = {
 
 def test_a_file_is_no_folder(tmp_path):
     safetensors_torch.save_file({"lora_unet_up.alpha": torch.ones(())}, tmp_path / "kohya.safetensors")
-    with pytest.raises(AdapterError, match="load_adapter: .*expected PEFT's folder, got a file: perhaps load_kohya's"):
+    with pytest.raises(AdapterError, match=r"load_adapter: .*expected PEFT's folder, got a file: perhaps load_kohya's"):
         load_adapter(Net(), tmp_path / "kohya.safetensors")
 
 

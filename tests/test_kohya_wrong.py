@@ -185,4 +185,4 @@ def test_no_layer_can_be_built(net, tmp_path):
     """What fails after some base layers are frozen makes them trainable again."""
     tensors, _ = kohya(net)
     net.conv3.weight = nn.Parameter(net.conv3.weight.detach().to(torch.complex64))
-    assert_refused(net, write(tmp_path, tensors), "load_kohya: conv3: DoraConv3d: layer: expected a weight in .*complex64")
+    assert_refused(net, write(tmp_path, tensors), r"conv3: DoraConv3d: layer: expected a weight in .*complex64")
