@@ -4,7 +4,9 @@ from dora_ext import _load
 from dora_ext._load import load
 from dora_ext.adapter import load_adapter, save_adapter
 from dora_ext.config import DoraConfig
+from dora_ext.files import AdapterError
 from dora_ext.injection import inject
+from dora_ext.kohya import load_kohya
 from dora_ext.nn import (
     DoraConv1d,
     DoraConv1dLayer,
@@ -27,8 +29,10 @@ __all__ = [
     "load",
     "DoraLinear", "DoraEmbedding", "DoraConv1d", "DoraConv2d", "DoraConv3d",
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
-    "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload", "save_adapter", "load_adapter",
-    "NF4Linear", "quantize_nf4", "dequantize_nf4", "invalidate_norms",
+    "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload",
+    "save_adapter", "load_adapter", "load_kohya", "AdapterError",
+    "NF4Linear", "quantize_nf4", "dequantize_nf4",
+    "invalidate_norms",
 ]  # fmt: skip
 
 _load.load_prebuilt()  # never compiles; without prebuilt kernels every op asks for dora_ext.load()

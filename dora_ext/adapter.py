@@ -181,6 +181,8 @@ def _target_modules(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]
 
 
 def _read_config(path: Path) -> DoraConfig:
+    if path.parent.is_file():
+        raise AdapterError(f"load_adapter: {path.parent}: expected PEFT's folder, got a file: perhaps load_kohya's")
     if not path.is_file():
         raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {path.parent}")
     try:
@@ -235,6 +237,8 @@ def _check(layers: dict[str, nn.Module], config: DoraConfig, tensors: dict[str, 
         scaling = alpha / _divisor(r, config.use_rslora)
         if not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
             problems.append(f"{name}: scaling {scaling:g} in the file, {layer.scaling:g} in the model")
+    if not layers:
+        problems.append(f"target_modules: no layer of the model fits {config.target_modules!r}")
     problems += [f"missing key {key}" for key in expected if key not in tensors]
     known = expected | optional
     problems += [f"unknown key {key}" for key in tensors if key not in known]

@@ -102,8 +102,6 @@ def find_shard(storage: int) -> "weakref.ref[Any] | None":
     return None
 
 
-def shard_place(shard: "weakref.ref[Any] | None") -> tuple[Tensor, ...]:
-    """The part of a parameter that this process holds, by the record that `find_shard` gave."""
-    record = shard and shard()
-    local = getattr(getattr(record, "sharded_param", None), "_local_tensor", None)
-    return () if local is None else (local,)
+def shard_of(record: "weakref.ref[Any] | None") -> Tensor | None:
+    """The DTensor of a record that `find_shard` gave."""
+    return getattr(record and record(), "sharded_param", None)

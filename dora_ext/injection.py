@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .config import ALL_LINEAR, DoraConfig
+from .distributed import gathered
 from .nn import DoraBase, DoraConv1d, DoraConv2d, DoraConv3d, DoraEmbedding, DoraLinear
 from .nn.folded import FoldedLayer
 from .nn.linear import is_transposed
@@ -53,6 +54,7 @@ def dora_layers(model: nn.Module) -> dict[str, DoraBase]:
 
 
 def folded_layers(model: nn.Module) -> dict[str, FoldedLayer]:
+    """Every layer in `model` that has an adapter folded in beside its base layer, by its module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FoldedLayer)}
 
 
@@ -131,18 +133,19 @@ def _initialise(layer: DoraBase, init_lora_weights: bool | str) -> None:
     """As PEFT's reset_lora_parameters does it; `layer` is as from_base left it."""
     if init_lora_weights is True:
         return
-    lora_A, lora_B = layer._factors()
     embedding = isinstance(layer, DoraEmbedding)
-    if init_lora_weights is False:
-        for factor in (lora_A, lora_B):
-            if embedding:
-                nn.init.normal_(factor)
-            else:
-                nn.init.kaiming_uniform_(factor, a=5**0.5)
-    elif not embedding:
-        nn.init.normal_(lora_A, std=1 / layer.r)
-    if not layer.magnitude.is_meta:
-        layer.magnitude.copy_(layer.weight_norm().view_as(layer.magnitude))
+    with gathered(layer, write=True):
+        lora_A, lora_B = layer._factors()
+        if init_lora_weights is False:
+            for factor in (lora_A, lora_B):
+                if embedding:
+                    nn.init.normal_(factor)
+                else:
+                    nn.init.kaiming_uniform_(factor, a=5**0.5)
+        elif not embedding:
+            nn.init.normal_(lora_A, std=1 / layer.r)
+        if not layer.magnitude.is_meta:
+            layer.magnitude.copy_(layer.weight_norm().view_as(layer.magnitude))
 
 
 @contextmanager
@@ -191,6 +194,9 @@ def inject(model: nn.Module, target_modules: DoraConfig | str | Iterable[str] = 
     Returns:
         `model` itself.
 
+    Warns of fields that fit nothing, as PEFT does, and of a layer whose weight another one shares (an embedding and a
+    language model's head): its adapter changes that layer alone.
+
     Raises:
         TypeError, ValueError: a field is wrong, or nothing in the model fits; the model is as it was.
     """
@@ -199,8 +205,9 @@ def inject(model: nn.Module, target_modules: DoraConfig | str | Iterable[str] = 
             raise TypeError(f"inject: {', '.join(options)}: given beside a DoraConfig; put them into it")
         config = target_modules
     else:
-        named = target_modules if isinstance(target_modules, (str, Collection)) else tuple(target_modules)
-        config = DoraConfig(target_modules=named, **options)
+        if isinstance(target_modules, Iterable) and not isinstance(target_modules, str):
+            target_modules = tuple(target_modules)
+        config = DoraConfig(target_modules=target_modules, **options)
     inner = unwrapped(model)
     names = target_names(inner, config)
     if not names:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .distributed import find_shard, shard_place
+from .distributed import find_shard, shard_of
 
 _optimizer_steps = 0
 
@@ -70,7 +70,11 @@ class NormCache:
         storage = weight.untyped_storage()._cdata
         if not self._key or storage != self._key[0][0][0]:
             self._shard = find_shard(storage)
-        tensors = (*tensors, *shard_place(self._shard))
+        shard = shard_of(self._shard)
+        if shard is not None:
+            # An operation on the DTensor counts in its own version, one on the local tensor in that one's.
+            constants = (*constants, shard._version)
+            tensors = (*tensors, shard._local_tensor)
         key = (tuple(map(_place, tensors)), constants, stream, _optimizer_steps)
         if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

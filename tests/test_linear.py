@@ -227,3 +227,15 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(error, match=message):
             dora_linear(**{**t, "scaling": 1.0, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_adapter_that_does_nothing_changes_not_a_bit_on_the_cpu(dtype, transposed):
+    t, _ = inputs((3, 7), 40, 72, 8, dtype=dtype, transposed=transposed)
+    t = {name: value.detach() for name, value in t.items()}
+    t["lora_B"].zero_()
+    norm = torch.ones(40, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    y = dora_linear(**t, scaling=2.0, transposed=transposed, norm=norm, gain=norm)
+    weight = t["weight"].T if transposed else t["weight"]
+    assert torch.equal(y, torch.nn.functional.linear(t["x"], weight, t["bias"].to(dtype)))

@@ -1,6 +1,7 @@
 """transformers' Trainer: a callback that records what DoRA does while it trains."""
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,6 @@ class DoraCallback(TrainerCallback):
 
 def _summary_writer(args) -> Any:
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.training_args import default_logdir
 
-    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, default_logdir())
-    return SummaryWriter(os.path.expanduser(folder.rstrip("/")) + "-dora")
+    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or f"{args.output_dir}/runs/{time.strftime('%b%d_%H-%M-%S')}"
+    return SummaryWriter(os.path.expanduser(folder) + "-dora")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..distributed import copy_whole, gathered, is_sharded, whole
 from ..norm_cache import NormCache
 from ..ops import norm_and_gain
-from ..ops._registry import accumulate_dtype
+from ..ops._registry import accumulate_dtype, without_autocast
 from .base_weight import FLOAT_DTYPES, dense_weight
 
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
@@ -153,6 +153,11 @@ class DoraBase(nn.Module):
 
     def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """n and g (out,) of W, A, B, m, as the forward has them at hand."""
+        if any(map(is_sharded, tensors)):
+            raise RuntimeError(
+                f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, not "
+                "on its base_layer alone, whose forward it never calls"
+            )
         # A dequantised weight is another tensor each time: nothing to remember it by.
         cache = None if self.quantised else self.norm_cache
         return norm_and_gain(*tensors, scaling=self.scaling, transposed=self.transposed, cache=cache)
@@ -177,7 +182,7 @@ class DoraBase(nn.Module):
     @torch.no_grad()
     def _merged(self) -> Tensor:
         """g * (W + s B A) in W's layout and dtype."""
-        with gathered(self), torch.autocast(self.magnitude.device.type, enabled=False):
+        with gathered(self), without_autocast(self.magnitude.device):
             weight, lora_A, lora_B, magnitude = self._tensors()
             gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=self.scaling, transposed=self.transposed)[1]
             dtype = accumulate_dtype(weight.dtype)

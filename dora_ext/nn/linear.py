@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 
 from ..distributed import gathered, whole
 from ..ops import dora_linear, dora_linear_nf4, norm_and_gain, norm_and_gain_nf4
-from ..ops._registry import autocast_dtype
+from ..ops._registry import autocast_dtype, without_autocast
 from ..ops.linear_nf4 import linear_packed
 from .base import ADAPTER, DoraBase
 from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
@@ -188,7 +188,7 @@ class DoraLinear(DoraBase):
             dropped = F.dropout(inputs, self.dropout)
             rest = inputs - dropped
         adapter, s = (*self._factors(), self.magnitude), self.scaling
-        with torch.autocast(x.device.type, enabled=False):  # the dtype is chosen
+        with without_autocast(x.device):  # the dtype is chosen
             if packed is not None:
                 y = dora_linear_nf4(
                     dropped, packed, *adapter, self.bias, scaling=s, cache=self.norm_cache, rest=rest

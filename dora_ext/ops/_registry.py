@@ -1,6 +1,7 @@
 """Fake (shape-only) kernels, registered once the C++ library is loaded: torch takes them only for ops that exist."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -27,5 +28,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, has chosen for x's products; it leaves float64 alone."""
     kind = x.device.type
+    if kind == "meta":  # which autocast does not know
+        return None
     on = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside, products keep their operands' dtype."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
-from ._registry import fake
+from ._registry import fake, without_autocast
 
 
 @fake("compose")
@@ -50,7 +50,7 @@ class _DoraDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             return _DoraDelta._backward(ctx, grad)
 
     @staticmethod

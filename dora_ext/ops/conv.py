@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
-from ._registry import autocast_dtype
+from ._registry import autocast_dtype, without_autocast
 from .compose import adapter_sums
 from .norm import norm_and_gain
 
@@ -34,7 +34,7 @@ class _DoraConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             return _DoraConv._backward(ctx, grad)
 
     @staticmethod
@@ -139,7 +139,7 @@ def dora_conv(
         flat = [n for pair in reversed(sides) for n in pair]
         x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
         sides = [(0, 0)] * spatial
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return _DoraConv.apply(
             x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides],
             dilation, groups,

@@ -109,7 +109,7 @@ def _renorm(rows: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Non
 def _check_ids(ids: Tensor, vocab: int) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"dora_embedding: ids: expected int64 or int32, got {ids.dtype}")
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
         return
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ..norm_cache import NormCache
-from ._registry import autocast_dtype
+from ._registry import autocast_dtype, without_autocast
 from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, _saved_tensors
 from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
@@ -53,7 +53,7 @@ class _DoraLinearPacked(torch.autograd.Function):
         dx, *others = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
         grad_rest = None
         if ctx.needs_input_grad[3]:
-            with torch.autocast(grad_y.device.type, enabled=False):
+            with without_autocast(grad_y.device):
                 grad_rest = grad_y.to(dense.dtype) @ dense
         return None, None, dx, grad_rest, *others, None, None, None, *([None] * len(stored))
 
@@ -65,7 +65,7 @@ def linear_packed(
 ) -> Tensor:  # fmt: skip
     """The node for any packed format; arguments as in its class, adapter = (A, B, m)."""
     require()
-    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtype
+    with without_autocast(x.device):  # the caller has chosen the dtype
         return _DoraLinearPacked.apply(unpack, dense, x, rest, *adapter, bias, norm, gain, float(scaling), *stored)
 
 

@@ -139,7 +139,7 @@ def path_of(layer: nn.Module) -> Path:
     if kind in (FOUR_BIT, EIGHT_BIT):
         if not _quantised_readable(base, weight, kind):
             return _BASE_STATE
-    elif not _plain(weight) or "quant_state" in weight.__dict__ or hasattr(weight, "ds_id"):
+    elif not _plain(weight) or hasattr(weight, "quant_state") or hasattr(weight, "ds_id"):
         return _BASE_WEIGHT
     if weight.requires_grad:
         return _BASE_GRAD

@@ -1,50 +1,73 @@
-"""One call for bitsandbytes' layers: the weight stays packed between forward and backward.
+"""Base products that are not ours, with gain and adapter in one pass over them; and weights that stay packed.
 
 Linear4bit: the weight is dequantised for the norm and the product, and again in backward, as bitsandbytes does it.
-Linear8bitLt: the base product is bitsandbytes' own (it quantises the input, too), gain and adapter are one pass of ours
-over it; the gradient of x goes through the dequantised weight, as bitsandbytes' does.
+Linear8bitLt: the base product is bitsandbytes' own (it quantises the input, too); the gradient of x goes through the
+dequantised weight, as bitsandbytes' does.
+Linear on the CPU: the bias goes into the product, as in the base layer, so that an adapter that does nothing yet
+changes not a bit of the output. On CUDA the call that adds it later is one launch.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...nn.base_weight import dense_weight
 from ...norm_cache import NormCache
 from ...ops import dora_linear, norm_and_gain
+from ...ops._registry import autocast_dtype
+from ...ops.linear import _saved_tensors as saved_tensors
 
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16  # bits of linear_backward's mask
 
 
-class _QuantisedDora(torch.autograd.Function):
-    """y = g * (base product + s h B^T) + bias over a packed weight, of which `dense` is the unpacked copy. `product` is
-    the base product, (tokens, out), to be overwritten, or None: then it is made here."""
+class _OverProduct(torch.autograd.Function):
+    """y = g * (x W^T + s (x A^T) B^T) + bias, with `product` = x W^T + bias (..., out), to be overwritten; or None:
+    then it is made here of `weight`, W as a dense tensor. `base`: the layer that backward unpacks W from, so that the
+    dense one is not kept; None where there is nothing to unpack."""
 
     @staticmethod
-    def forward(ctx, x, A, B, m, bias, base, dense, product, norm, gain, scaling):
+    def forward(ctx, x, A, B, m, bias, weight, base, product, norm, gain, scaling, transposed):
         if product is None:
-            y, h, *_ = torch.ops.dora_ext.linear_forward.default(x, dense, A, B, m, bias, norm, gain, scaling, False)
+            y, h, *_ = torch.ops.dora_ext.linear_forward.default(
+                x, weight, A, B, m, bias, norm, gain, scaling, transposed
+            )
         else:
-            h = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
-            torch.ops.dora_ext.compose_.default(product, h, B, gain, bias, scaling, False, False)
-            y = product.view(*x.shape[:-1], product.shape[-1])
+            y, h = product, x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
+            # g * (x W^T + bias) + (1 - g) * bias
+            rest = None if bias is None else (1 - gain) * bias
+            torch.ops.dora_ext.compose_.default(y.view(-1, y.shape[-1]), h, B, gain, rest, scaling, False, False)
         needs = ctx.needs_input_grad
         ctx.mask = sum(bit for bit, i in ((_X, 0), (_A, 1), (_B, 2), (_MAGNITUDE, 3), (_BIAS, 4)) if needs[i])
-        ctx.base, ctx.scaling = base, scaling
-        ctx.save_for_backward(x, h, A, B, m, bias, norm, gain, y if needs[3] else None)
+        ctx.base, ctx.scaling, ctx.transposed = base, scaling, transposed
+        inputs = (x, h, A, B, m, bias, norm, gain, weight if base is None else None)
+        ctx.save_for_backward(*inputs, y if needs[3] else None)
+        ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, h, A, B, m, bias, norm, gain, y = ctx.saved_tensors
-        dense = dense_weight(ctx.base).to(x.dtype)
+        x, h, A, B, m, bias, norm, gain, weight, y = saved_tensors(ctx)
+        weight = dense_weight(ctx.base).to(x.dtype) if weight is None else weight
         grads = torch.ops.dora_ext.linear_backward.default(
-            grad_y, y, x, h, dense, A, B, m, bias, norm, gain, ctx.scaling, False, ctx.mask
+            grad_y, y, x, h, weight, A, B, m, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
         )
-        return *(g if ctx.mask >> i & 1 else None for i, g in enumerate(grads)), *([None] * 6)
+        return *(g if ctx.mask >> i & 1 else None for i, g in enumerate(grads)), *([None] * 7)
+
+
+def linear_with_bias(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, m: Tensor, bias: Tensor, *, scaling: float, transposed: bool,
+    norm: Tensor, gain: Tensor,
+) -> Tensor:  # fmt: skip
+    """dora_linear with the bias inside the base product. Shapes and dtypes are dora_linear's."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    product = F.linear(x.detach(), weight.T if transposed else weight, bias.detach().to(x.dtype))
+    return _OverProduct.apply(x, A, B, m, bias, weight, None, product, norm, gain, float(scaling), transposed)
 
 
 def quantised_linear(
@@ -66,7 +89,7 @@ def quantised_linear(
             y = dora_linear(inputs, dense, A, B, m, base.bias, scaling=scaling, norm=norm, gain=gain)
         else:
             product = None if four_bit else _int8_product(base, inputs)
-            y = _QuantisedDora.apply(inputs, A, B, m, base.bias, base, dense, product, norm, gain, float(scaling))
+            y = _OverProduct.apply(inputs, A, B, m, base.bias, dense, base, product, norm, gain, float(scaling), False)
         if dropped is not x:  # what dropout took away still goes through the base layer
             import bitsandbytes
 
@@ -84,15 +107,9 @@ def _compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def _int8_product(base: nn.Module, x: Tensor) -> Tensor:
-    """The base product (tokens, out) as Linear8bitLt's forward makes it, without its bias and without gradients."""
-    import bitsandbytes
-
-    state, weight = base.state, base.weight
-    state.is_training = base.training
-    if weight.CB is not None:
-        base.init_8bit_state()
+    """The base product (..., out) with its bias, as Linear8bitLt makes it, without gradients."""
     with torch.no_grad():
-        return bitsandbytes.matmul(x.reshape(-1, x.shape[-1]), weight, bias=None, state=state)
+        return base.forward(x)
 
 
 def _norm_and_gain(
