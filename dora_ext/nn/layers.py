@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..norm_cache import NormCache
-from ..ops import dora_delta, norm_and_gain, weight_norm
+from ..ops import dora_delta, norm_and_gain, norm_and_gain_nf4, weight_norm
 from ..ops._registry import accumulate_dtype
-from .base_weight import dense_weight, gathered
+from ..ops.norm_nf4 import has_norm_nf4
+from .base_weight import dense_weight, gathered, packed_weight
 from .conv import convolve, delta_weight
 
 ENABLE_DORA_CACHING = False
@@ -136,14 +137,25 @@ class DoraLinearLayer(nn.Module):
         return per_feature if dims == 2 else per_feature.view(1, -1, *([1] * (dims - 2)))
 
     def _weight_and_norm(
-        self, base_layer: nn.Module, scaling: float, adapter_name: str | None, factors: Callable
-    ) -> tuple[Tensor, Tensor]:
-        """W, dense, and n (out,). `factors` gives A and B, where they are needed."""
-        weight = dense_weight(base_layer)
+        self,
+        base_layer: nn.Module,
+        scaling: float,
+        adapter_name: str | None,
+        factors: Callable,
+        norm_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """W, dense, and n (out,). `factors` gives A and B, where they are needed. norm_only: W may be None."""
+        packed = None if self.fan_in_fan_out else packed_weight(base_layer)
+        unpack = packed is None or not norm_only or not has_norm_nf4(packed.packed.device)
+        weight = dense_weight(base_layer) if unpack else None
 
         def compute() -> Tensor:
             with torch.no_grad():
                 A, B = factors()
+                if packed is not None:
+                    m = self.weight.to(packed.packed.device)
+                    cache = self.norm_cache
+                    return norm_and_gain_nf4(packed, A, B, m, scaling=scaling, cache=cache, dense=weight)[0]
                 cache = self.norm_cache if weight is base_layer.weight else None
                 m = self.weight.to(weight.device)
                 transposed = self._transposed(weight)
@@ -165,7 +177,9 @@ class DoraLinearLayer(nn.Module):
         Returns:
             (..., out) in the dtype of the base product (PEFT: in the widest one around).
         """
-        weight, norm = self._weight_and_norm(base_layer, scaling, adapter_name, lambda: self._factors(lora_A, lora_B))
+        weight, norm = self._weight_and_norm(
+            base_layer, scaling, adapter_name, lambda: self._factors(lora_A, lora_B), norm_only=base_result is not None
+        )
         dtype = _product_dtype(x, weight, base_result)
         bias = None if base_result is None else base_layer.bias
         if base_result is None:

@@ -1,6 +1,6 @@
 """Base products that are not ours, with gain and adapter in one pass over them; and weights that stay packed.
 
-Linear4bit: the weight is dequantised for the norm and the product, and again in backward, as bitsandbytes does it.
+Linear4bit: the norm comes from the packed weight (NF4), which is dequantised for the product and again in backward.
 Linear8bitLt: the base product is bitsandbytes' own (it quantises the input, too); the gradient of x goes through the
 dequantised weight, as bitsandbytes' does.
 Linear on the CPU: the bias goes into the product, as in the base layer, so that an adapter that does nothing yet
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...nn.base_weight import dense_weight
+from ...nn.base_weight import dense_weight, packed_weight
 from ...norm_cache import NormCache
-from ...ops import dora_linear, norm_and_gain
-from ...ops._registry import autocast_dtype
+from ...ops import dora_linear, dora_linear_nf4, norm_and_gain
+from ...ops._registry import autocast_dtype, without_autocast
 from ...ops.linear import _saved_tensors as saved_tensors
 
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16  # bits of linear_backward's mask
@@ -79,6 +79,13 @@ def quantised_linear(
     B (out, r), m (out,). Returns (..., out) in x's dtype.
     """
     four_bit = hasattr(base, "compute_dtype")
+    packed = packed_weight(base) if four_bit else None
+    if packed is not None:
+        dtype = _compute_dtype(base, x)
+        rest = None if dropped is x else (x - dropped).to(dtype)
+        with without_autocast(x.device):  # as bitsandbytes' products, which know no autocast
+            y = dora_linear_nf4(dropped.to(dtype), packed, A, B, m, base.bias, scaling=scaling, cache=cache, rest=rest)
+        return y.to(x.dtype)
     dense = dense_weight(base)
     norm, gain = _norm_and_gain(base.weight, dense, A, B, m, scaling, cache)
     dtype = _compute_dtype(base, x) if four_bit else x.dtype
