@@ -87,7 +87,7 @@ def test_a_training_step_dequantises_twice(bnb, on_our_kernels, double_quant):
     layer, x, grad_y = peft_layer(base, torch.float32), torch.randn(5, 128), torch.randn(5, 64)
     with Dequantisations() as seen:
         results = step(layer, x, grad_y)
-    assert seen.count == 2  # PEFT: 3, and the norm from one of them
+    assert seen.count == 2
     for ours, expected in zip(results, truth(layer, x, grad_y), strict=True):
         assert_close(ours, expected, 1e-6)
     cache = layer.lora_magnitude_vector["default"].norm_cache

@@ -10,7 +10,7 @@ import torch
 from nf4_cases import same_bits
 from torch import nn
 
-from dora_ext import DoraLinear, NF4Linear, reference
+from dora_ext import DoraLinear, NF4Linear, inject, load_adapter, reference, save_adapter, unload
 from dora_ext.ops import dequantize_nf4, quantize_nf4
 from dora_ext.testing import assert_close, doubles
 
@@ -251,3 +251,22 @@ def test_compiles_whole():
         *(torch.autograd.grad(f(x).square().sum(), leaves) for f in (compiled, layer)), strict=True
     ):
         assert_close(ours, expected, 1e-6)
+
+
+def test_adapter_files_and_models(tmp_path):
+    model, x = nn.Sequential(make(), nn.ReLU(), nn.Linear(40, 96)), torch.randn(5, 96)
+    save_adapter(model, tmp_path)
+    dense = nn.Sequential(nn.Linear(96, 40), nn.ReLU(), nn.Linear(40, 96))
+    load_adapter(dense, tmp_path)
+    for name in ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight"):
+        assert torch.equal(dense[0].get_parameter(name), model[0].get_parameter(name))
+    packed = model[0].base_layer
+    expected = model(x)
+    merged = unload(copy.deepcopy(model), merge=True)
+    assert type(merged[0]) is nn.Linear
+    assert_close(merged(x), expected, 1e-5)
+    assert unload(model)[0] is packed
+    inject(model, ["0"], r=4, alpha=6)
+    assert model[0].base_layer is packed and model[0].quantised
+    load_adapter(model, tmp_path)
+    assert_close(model(x), expected, 1e-6)
