@@ -92,6 +92,21 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_nf4_cached(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
       " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
+  // linear over W (out, in) packed in NF4, cast to x's dtype: unpacked inside, so that no graph can keep it. rest, of
+  // x's shape, goes through W alone (what dropout took away): total = y + rest W^T, empty without it. dense: W in x's
+  // dtype, where it had to be made before.
+  m.def(
+      "linear_nf4_forward(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
+      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
+      " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, Tensor? rest, Tensor? dense)"
+      " -> (Tensor y, Tensor h, Tensor total)");
+  // mask as in linear_backward, and bit 5 rest.
+  m.def(
+      "linear_nf4_backward(Tensor grad_y, Tensor? y, Tensor x, Tensor h, Tensor packed, Tensor absmax, int blocksize,"
+      " SymInt[] shape, ScalarType dtype, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset,"
+      " int nested_blocksize, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain,"
+      " float scaling, int mask) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude,"
+      " Tensor grad_bias, Tensor grad_rest)");
   // bitsandbytes' blockwise 8-bit quantisation, for nesting: absmax fp32 (blocks,), its mean already taken off; code
   // fp32 (256,), ascending.
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");

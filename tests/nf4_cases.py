@@ -63,3 +63,17 @@ def state_of(q: NF4Tensor, **changes) -> SimpleNamespace:
         "state2": inner if q.nested else None,
     }
     return SimpleNamespace(**{**fields, **changes})
+
+
+class Dequantisations:
+    """Counts those of a block, bitsandbytes' and ours, also those inside other ops."""
+
+    def __enter__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.profile.__exit__(*error)
+        names = [event.name for event in self.profile.events()]
+        self.count = sum(name in ("dora_ext::dequantize_nf4", "bitsandbytes::dequantize_4bit") for name in names)

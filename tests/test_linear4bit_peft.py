@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from nf4_cases import Dequantisations
 from test_linear4bit import linear4bit
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_ext import DoraLinear, reference
 from dora_ext.nn import DoraLinearLayer
@@ -25,18 +25,6 @@ def on_our_kernels():
     enable()
     yield
     disable()
-
-
-class Dequantisations(TorchDispatchMode):
-    """Counts them, bitsandbytes' and ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._opname in ("dequantize_nf4", "dequantize_4bit")
-        return func(*args, **(kwargs or {}))
 
 
 def peft_layer(base: nn.Module, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.nn.utils import skip_init
 from ..distributed import gathered, whole
 from ..ops import dora_linear, dora_linear_nf4, norm_and_gain, norm_and_gain_nf4
 from ..ops._registry import autocast_dtype, without_autocast
-from ..ops.linear_nf4 import linear_packed
+from ..ops.linear_nf4 import linear_unpacked
 from .base import ADAPTER, DoraBase
 from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
 from .nf4_linear import NF4Linear, requantised_like
@@ -196,8 +196,8 @@ class DoraLinear(DoraBase):
             else:
                 norm, gain = norm_and_gain(dense, *adapter, scaling=s)
                 again = partial(_dense_in, self.base_layer, dtype)
-                y = linear_packed(
-                    dropped, again, (), adapter, self.bias, norm, gain, scaling=s, rest=rest, dense=dense.to(dtype)
+                y = linear_unpacked(
+                    dropped, dense.to(dtype), again, adapter, self.bias, norm, gain, scaling=s, rest=rest
                 )
         return y.to(x.dtype)
 

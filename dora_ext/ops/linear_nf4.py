@@ -1,7 +1,7 @@
 """DoRA's linear layer over a packed weight, as one autograd node: between forward and backward it stays packed.
 
 Each of the two unpacks it once; the norm comes from the packed bytes. Memory for one dense weight is needed while one
-of them runs. (torch.compile may keep that copy between them: what its graph saves is the compiler's choice.)
+of them runs. NF4 is unpacked inside ops of its own, so that torch.compile's graphs cannot keep the copy either.
 """
 
 from collections.abc import Callable
@@ -13,60 +13,90 @@ from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ..norm_cache import NormCache
-from ._registry import autocast_dtype, without_autocast
+from ._registry import autocast_dtype, fake, without_autocast
 from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, _saved_tensors
 from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
 
+_REST = 32  # the bit after linear_backward's own
+
+
+@fake("linear_nf4_forward")
+def _(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+      lora_A, lora_B, magnitude, bias, norm, gain, scaling, rest, dense):  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], lora_B.shape[0]))
+    return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0])), x.new_empty(0 if rest is None else y.shape)
+
+
+@fake("linear_nf4_backward")
+def _(grad_y, y, x, h, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+      lora_A, lora_B, magnitude, bias, norm, gain, scaling, mask):  # fmt: skip
+    like = (x, lora_A, lora_B, magnitude, bias, x)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else x.new_empty(0)
+        for i, t in enumerate(like)
+    )
+
 
 class _DoraLinearPacked(torch.autograd.Function):
-    """`unpack(*stored)` gives W (out, in) in x's dtype; `dense` is that already, where it had to be made before.
-    `rest`, of x's shape, goes through W alone: y = g * (x W^T + s h B^T) + bias + rest W^T."""
+    """y = g * (x W^T + s h B^T) + bias + rest W^T over what W is packed in, `stored`; `rest` may be None.
+
+    forward(x, rest, stored, A, B, m, bias, norm, gain, s) gives y without rest, h and y. backward(grad_y, y, x, h,
+    stored, A, B, m, bias, norm, gain, s, mask) gives the gradients of x, A, B, m, bias and rest.
+    """
 
     @staticmethod
-    def forward(ctx, unpack, dense, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, scaling, *stored):
-        if dense is None:
-            dense = unpack(*stored)
-        y, h, *_ = torch.ops.dora_ext.linear_forward.default(
-            x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False
-        )
+    def forward(ctx, forward, backward, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, scaling, *stored):
+        y, h, total = forward(x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling)
         needs = ctx.needs_input_grad
-        ctx.mask = sum(bit for bit, i in ((_X, 2), (_A, 4), (_B, 5), (_MAGNITUDE, 6), (_BIAS, 7)) if needs[i])
-        ctx.unpack, ctx.scaling = unpack, scaling
+        bits = ((_X, 2), (_A, 4), (_B, 5), (_MAGNITUDE, 6), (_BIAS, 7), (_REST, 3))
+        ctx.mask = sum(bit for bit, i in bits if needs[i])
+        ctx.backward_of, ctx.scaling = backward, scaling
         saved_y = y if needs[6] else None
         inputs = (x, h, lora_A, lora_B, magnitude, bias, norm, gain, *stored)
         ctx.save_for_backward(*inputs, saved_y)
         if not torch.compiler.is_compiling():
             ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
-        if rest is None:
-            return y
-        return torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), dense.T).view(y.shape)
+        return y if rest is None else total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         x, h, lora_A, lora_B, magnitude, bias, norm, gain, *stored, y = _saved_tensors(ctx)
-        dense = ctx.unpack(*stored)
-        grads = torch.ops.dora_ext.linear_backward.default(
-            grad_y, y, x, h, dense, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, False, ctx.mask
+        grads = ctx.backward_of(
+            grad_y, y, x, h, stored, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.mask
         )
-        dx, *others = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
-        grad_rest = None
-        if ctx.needs_input_grad[3]:
-            with without_autocast(grad_y.device):
-                grad_rest = grad_y.to(dense.dtype) @ dense
-        return None, None, dx, grad_rest, *others, None, None, None, *([None] * len(stored))
+        dx, dA, dB, dm, db, grad_rest = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
+        return None, None, dx, grad_rest, dA, dB, dm, db, None, None, None, *([None] * len(stored))
 
 
-def linear_packed(
-    x: Tensor, unpack: Callable[..., Tensor], stored: tuple, adapter: tuple[Tensor, Tensor, Tensor],
+def _forward_unpacked(dense, x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling):
+    op = torch.ops.dora_ext.linear_forward.default
+    y, h, *_ = op(x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False)
+    if rest is None:
+        return y, h, None
+    total = torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), dense.T)
+    return y, h, total.view(y.shape)
+
+
+def _backward_unpacked(unpack, grad_y, y, x, h, stored, A, B, m, bias, norm, gain, scaling, mask):
+    dense = unpack()
+    op = torch.ops.dora_ext.linear_backward.default
+    grads = op(grad_y, y, x, h, dense, A, B, m, bias, norm, gain, scaling, False, mask & ~_REST)
+    with without_autocast(grad_y.device):
+        return *grads, grad_y.to(dense.dtype) @ dense if mask & _REST else None
+
+
+def linear_unpacked(
+    x: Tensor, dense: Tensor, unpack: Callable[[], Tensor], adapter: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None, norm: Tensor, gain: Tensor, *, scaling: float, rest: Tensor | None,
-    dense: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The node for any packed format; arguments as in its class, adapter = (A, B, m)."""
+    """dora_linear, and rest W^T, for any packed format: `dense` is W (out, in) in x's dtype, which `unpack()` makes
+    again in backward. adapter = (A, B, m)."""
     require()
+    run = partial(_forward_unpacked, dense), partial(_backward_unpacked, unpack)
     with without_autocast(x.device):  # the caller has chosen the dtype
-        return _DoraLinearPacked.apply(unpack, dense, x, rest, *adapter, bias, norm, gain, float(scaling), *stored)
+        return _DoraLinearPacked.apply(*run, x, rest, *adapter, bias, norm, gain, float(scaling))
 
 
 def dora_linear_nf4(
@@ -109,20 +139,25 @@ def dora_linear_nf4(
     norm, gain = norm_and_gain_nf4(weight, lora_A, lora_B, magnitude, scaling=scaling, cache=cache, dense=values)
     stored = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
     layout = (weight.blocksize, weight.shape, weight.dtype, weight.nested_blocksize)
-    adapter = (lora_A, lora_B, magnitude)
-    return linear_packed(
-        x, partial(_unpack_nf4, layout, x.dtype), stored, adapter, bias, norm, gain, scaling=scaling, rest=rest,
-        dense=dense,
-    )  # fmt: skip
+    run = partial(_forward_nf4, layout, dense), partial(_backward_nf4, layout)
+    with without_autocast(x.device):
+        return _DoraLinearPacked.apply(
+            *run, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), *stored
+        )
 
 
-def _unpack_nf4(
-    layout: tuple, dtype: torch.dtype, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None,
-    nested_code: Tensor | None, offset: Tensor | None,
-) -> Tensor:  # fmt: skip
-    blocksize, shape, own, nested_blocksize = layout
-    # Rounded once from float32, so that this equals float32 values that are rounded afterwards.
-    direct = own == torch.float32 and dtype in (torch.bfloat16, torch.float16)
-    return torch.ops.dora_ext.dequantize_nf4.default(
-        packed, absmax, blocksize, shape, dtype if direct else own, nested_absmax, nested_code, offset, nested_blocksize
-    ).to(dtype)
+def _operands(layout: tuple, stored: tuple) -> tuple:
+    """NF4Tensor.operands of its parts."""
+    blocksize, shape, dtype, nested_blocksize = layout
+    packed, absmax, *nested = stored
+    return packed, absmax, blocksize, shape, dtype, *nested, nested_blocksize
+
+
+def _forward_nf4(layout, dense, x, rest, stored, *others):
+    op = torch.ops.dora_ext.linear_nf4_forward.default
+    return op(x, *_operands(layout, stored), *others, rest, dense)
+
+
+def _backward_nf4(layout, grad_y, y, x, h, stored, *others):
+    op = torch.ops.dora_ext.linear_nf4_backward.default
+    return op(grad_y, y, x, h, *_operands(layout, stored), *others)
