@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_ext import reference
 from dora_ext.norm_cache import NormCache
-from dora_ext.ops import dequantize_nf4, dora_linear, dora_linear_nf4, quantize_nf4
+from dora_ext.ops import dequantize_nf4, dora_linear, dora_linear_nf4, norm_and_gain_nf4, quantize_nf4
 from dora_ext.testing import TOLERANCE, assert_close, doubles
 
 NAMES = ("x", "lora_A", "lora_B", "magnitude", "bias")
@@ -184,6 +184,19 @@ def test_compiles_whole_and_trains():
     assert kept(lambda: compiled(*arguments), *arguments, *tensors) < 48 * 96 * 4 / 2
 
 
+@pytest.mark.parametrize("with_rest", [False, True])
+def test_opcheck(with_rest):
+    q, t = problem(6, 34, 2, 3)
+    ops, adapter = torch.ops.dora_ext, [t[n].detach() for n in NAMES[1:4]]
+    x, bias = t["x"].detach(), t["bias"].detach()
+    factors = (*adapter, bias, *norm_and_gain_nf4(q, *adapter, scaling=1.5), 1.5)
+    forward = (x, *q.operands(), *factors, x * 0.5 if with_rest else None, None)
+    torch.library.opcheck(ops.linear_nf4_forward.default, forward)
+    y, h, _ = ops.linear_nf4_forward.default(*forward)
+    mask = 63 if with_rest else 31
+    torch.library.opcheck(ops.linear_nf4_backward.default, (torch.ones_like(y), y, x, h, *q.operands(), *factors, mask))
+
+
 def test_refuses_what_does_not_fit():
     q, t = problem()
     arguments = [t[n] for n in NAMES[1:]]
@@ -193,3 +206,5 @@ def test_refuses_what_does_not_fit():
         dora_linear_nf4(torch.ones(3, 96, dtype=torch.int64), q, *arguments, scaling=1.0)
     with pytest.raises(ValueError, match="absmax: expected 72 values"):
         dora_linear_nf4(t["x"], q._replace(absmax=q.absmax[1:]), *arguments, scaling=1.0)
+    with pytest.raises(ValueError, match=r"linear_nf4_forward: rest: expected shape \[2, 7, 96\], got \[1, 7, 96\]"):
+        dora_linear_nf4(t["x"], q, *arguments, scaling=1.0, rest=t["x"][:1])
