@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..norm_cache import NormCache
 from ..ops import dora_delta, norm_and_gain, weight_norm
 from ..ops._registry import accumulate_dtype
-from .base_weight import dense_weight, gathered
-from .conv import convolve, delta_weight
+from .base_weight import FLOAT_DTYPES, dense_weight, gathered
+from .conv import convolve, delta_weight, dense_kernel
 
 ENABLE_DORA_CACHING = False
 """In eval mode, take norms as they were at the first forward, without looking whether a weight has changed since.
@@ -40,6 +40,10 @@ def are_plain(*modules: nn.Module) -> bool:
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         for m in modules
     )
+
+
+def is_number(scaling: float | Tensor) -> bool:
+    return not isinstance(scaling, Tensor)
 
 
 def matrix_of(module: nn.Module, features: int) -> Tensor:
@@ -144,12 +148,24 @@ class DoraLinearLayer(nn.Module):
         def compute() -> Tensor:
             with torch.no_grad():
                 A, B = factors()
+                if not is_number(scaling) or weight.dtype not in FLOAT_DTYPES:
+                    return self._plain_norm(weight, A, B, scaling)
                 cache = self.norm_cache if weight is base_layer.weight else None
                 m = self.weight.to(weight.device)
                 transposed = self._transposed(weight)
                 return norm_and_gain(weight, A, B, m, scaling=scaling, transposed=transposed, cache=cache)[0]
 
         return weight, self._cached("weight-norm", adapter_name, compute)
+
+    def _plain_norm(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+        """n (out,) in plain PyTorch: for a scaling that is a tensor (peft.utils.hotswap), which to read as a number
+        would wait for the device, and for weights in dtypes (float8) that the kernels don't take."""
+        weight = weight if weight.dtype in FLOAT_DTYPES else weight.to(A.dtype)
+        with torch.autocast(A.device.type, enabled=False):
+            if weight.dim() == 2:
+                return self._dense_norm(weight, B @ A, scaling)
+            weight = dense_kernel(weight, A.shape[1] // weight.shape[1])
+            return self._dense_norm(weight, delta_weight(A, B), scaling).flatten()
 
     def forward(
         self, x: Tensor, *, lora_A, lora_B, scaling: float, base_layer: nn.Module, base_result: Tensor | None = None,
@@ -170,7 +186,7 @@ class DoraLinearLayer(nn.Module):
         bias = None if base_result is None else base_layer.bias
         if base_result is None:
             base_result = F.linear(x.to(dtype), (weight.T if self.fan_in_fan_out else weight).to(dtype))
-        if not are_plain(lora_A, lora_B):
+        if not (are_plain(lora_A, lora_B) and is_number(scaling)):
             return self._compose(base_result, lora_B(lora_A(x)), norm, bias, scaling)
         h = F.linear(x.to(dtype), lora_A.weight.to(dtype))
         m = self.weight.to(norm.device)
@@ -257,7 +273,7 @@ class _DoraConvNdLayer(DoraLinearLayer):
         bias = None if base_result is None else base_layer.bias
         if base_result is None:
             base_result = convolve(base_layer, x.to(dtype), weight.to(dtype), None, base_layer.groups)
-        if not are_plain(lora_A, lora_B):
+        if not (are_plain(lora_A, lora_B) and is_number(scaling)):
             result = self._compose(base_result, lora_B(lora_A(x)), norm, bias, scaling)
             return result[0] if unbatched else result
         h = convolve(base_layer, x.to(dtype), lora_A.weight.to(dtype), None, groups=1)
