@@ -1,5 +1,6 @@
 # make demo    fine-tunes a real language model with DoRA           ARGS="--quick" etc. go to examples/finetune.py
 # make test    the whole test suite, and the C++ test               ARGS="-k norm" etc. go to pytest
+# make peft-test   PEFT's own tests of DoRA, with PEFT's code and with ours
 # make gpu-test, make bench, make lint, make format, make clean
 #
 # The first call makes .venv and installs there what is needed. On a machine that already has torch, ENV=active takes
@@ -24,7 +25,7 @@ endif
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build cpp-test gpu-test bench lint format clean
+.PHONY: demo test build cpp-test peft-test gpu-test bench lint format clean
 
 # Default goal: what a newcomer types first.
 demo: $(call READY,demo) build
@@ -43,6 +44,15 @@ cpp-test: $(call READY,test)
 	cmake -S . -B build/cmake -G Ninja -DPython3_EXECUTABLE=$(shell command -v $(PY)) --log-level=WARNING $(CMAKE_ARGS)
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
+
+# The tests come with PEFT's source archive, of the release that is installed.
+peft-test: $(call READY,test) build
+	@mkdir -p build/peft
+	release=$$($(PY) -c "import peft; print(peft.__version__)") && cd build/peft && \
+	{ test -d peft-$$release || { \
+	$(PY) -m pip download --quiet --no-deps --no-build-isolation --no-binary peft peft==$$release && \
+	tar xf peft-$$release.tar.gz; }; } && \
+	cd $(CURDIR) && $(PY) tests/peft_suite.py build/peft/peft-$$release $(ARGS)
 
 # On a machine with a GPU: everything again there, under compute-sanitizer too. The report travels with the code.
 gpu-test: ENV := active

@@ -34,6 +34,9 @@ print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include'
   make_ours test CMAKE_ARGS=-DDORA_EXT_WERROR=ON
 }
 
+# PEFT's own tests of DoRA give the same outcomes on our kernels.
+step_peft() { make_ours peft-test; }
+
 # Source archive -> wheel -> an environment with torch alone; then without the wheel's kernels, just in time.
 step_wheel() {
   new_venv "$WORK/empty" "$CPU_TORCH" numpy

@@ -20,6 +20,9 @@ def gathered(of: nn.Module | Iterable[Tensor], *, write: bool = False) -> Iterat
     """Inside, parameters that DeepSpeed's ZeRO-3 has partitioned are whole. With `write`, what process 0 has written
     into them is everyone's afterwards. Every process must come here."""
     partitioned = [p for p in (of.parameters() if isinstance(of, nn.Module) else of) if is_partitioned(p)]
+    if not write:
+        # DeepSpeed refuses to gather again what is whole already.
+        partitioned = [p for p in partitioned if p.numel() != p.ds_numel]
     if not partitioned:
         yield
         return

@@ -42,10 +42,12 @@ def dora_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DistributedDataParallel's wrapper: their names are not part of its paths."""
+    """The model inside torch.compile's, DistributedDataParallel's or DeepSpeed's wrapper: their names are not part of
+    its paths."""
     if hasattr(model, "_orig_mod"):
         return unwrapped(model._orig_mod)
-    return unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+    return unwrapped(model.module) if wrapped else model
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoraBase]:

@@ -111,11 +111,9 @@ class OurDora:
         return load_adapter(fresh, folder)
 
     def merge(self, model: nn.Module) -> nn.Module:
-        from dora_ext.injection import dora_layers
+        import dora_ext
 
-        for layer in dora_layers(model).values():
-            layer.merge()
-        return model
+        return dora_ext.merge(model)
 
 
 class PeftDora:

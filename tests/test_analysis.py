@@ -237,8 +237,8 @@ def test_kinds_and_summary():
     assert kinds["up"].ratio.max == max(u.ratio.max for u in ups)
     assert kinds["up"].magnitude_grad_norm is None
     head, rule, *rows = summary(model).splitlines()
-    assert [row.split()[:2] for row in rows] == [["up", "3"], ["down", "3"], ["Conv1d", "1"]]
-    assert float(rows[0].split()[head.split().index("ΔD")]) == pytest.approx(kinds["up"].direction_change, rel=1e-3)
+    assert [row.split()[:2] for row in rows] == [["up", "(3)"], ["down", "(3)"], ["Conv1d", "(1)"]]
+    assert float(rows[0].split()[1:][head.split().index("ΔD")]) == pytest.approx(kinds["up"].direction_change, rel=1e-3)
     assert len({len(line) for line in (head, rule, *rows)}) == 1
     assert [row.split()[0] for row in summary(model, per_layer=True).splitlines()[2:]] == list(layers)
 

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from module_cases import BASES, BASES_BEYOND_PEFT, assert_same, make_base, make_input, make_layer, peft_layer, run
+from module_cases import (
+    BASES,
+    BASES_BEYOND_PEFT,
+    ONE_OF_EACH,
+    assert_same,
+    make_base,
+    make_input,
+    make_layer,
+    peft_layer,
+    run,
+)
 from torch import nn
 
 import dora_ext
@@ -278,3 +288,30 @@ def test_compiled(name, options):
         assert_same(results, expected, 1e-5)
     ours.eval()
     assert_close(compiled(x), ours(x), 1e-5)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "conv1d grouped"])
+def test_a_scaling_that_is_a_tensor(name):
+    """As peft.utils.hotswap makes it, so that another value needs no new graph: never read as a number."""
+    layer, x = with_our_layer(peft_layer(make_base(name))), make_input(name)
+    expected = run(layer, x)
+    scaling = layer.scaling["default"]
+    layer.scaling["default"] = torch.tensor(scaling)
+    assert_same(run(layer, x), expected, 1e-5)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x), 1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_float8_weights(dropout):
+    """Norm and delta are those of the values; the base product is whoever's that made such a weight."""
+    layer = with_our_layer(peft_layer(nn.Linear(12, 10), dropout=dropout))
+    rounded = layer.base_layer.weight.data.to(torch.float8_e4m3fn)
+    layer.base_layer.weight.data = rounded.float()
+    arguments = {"lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"], "scaling": 1.5}
+    dora, x = layer.lora_magnitude_vector["default"], torch.randn(3, 12)
+    base_result = None if dropout else layer.base_layer(x)
+    expected = dora(x, base_layer=layer.base_layer, base_result=base_result, **arguments)
+    layer.base_layer.weight = nn.Parameter(rounded, requires_grad=False)
+    assert_close(dora(x, base_layer=layer.base_layer, base_result=base_result, **arguments), expected, 1e-6)

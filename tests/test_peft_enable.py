@@ -61,6 +61,13 @@ def make_model(adapters=("default",), base: nn.Module | None = None, **options):
     return train_a_little(model)
 
 
+def activate(model: nn.Module, *adapters: str) -> None:
+    model.base_model.set_adapter(list(adapters))
+    for name, p in model.named_parameters():  # PEFT before 0.20 leaves magnitudes of inactive adapters trainable
+        if "lora_" in name:
+            p.requires_grad_(not set(name.split(".")).isdisjoint(adapters))
+
+
 IDS = torch.tensor([[1, 5, 2, 2, 19, 0], [3, 3, 7, 8, 11, 4]])
 
 
@@ -256,12 +263,13 @@ def test_a_trained_base_weight_gets_its_gradient():
 
 def test_several_adapters_switching_and_disabling():
     model = make_model(("default", "other"))
+    activate(model, "default")
     both(model)
-    model.set_adapter("other")
+    activate(model, "other")
     both(model)
-    model.base_model.set_adapter(["default", "other"])
+    activate(model, "default", "other")
     both(model, fused=False)
-    model.set_adapter("default")
+    activate(model, "default")
     outputs = []
     for on in (False, True):
         (integration.enable if on else integration.disable)()
@@ -280,10 +288,10 @@ def test_mixed_batches_are_refused_as_in_peft():
 def test_plain_lora_beside_dora():
     model = make_model()
     model.add_adapter("lora", peft.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
-    model.set_adapter("lora")
+    activate(model, "lora")
     train_a_little(model)
     both(model, fused=False)
-    model.base_model.set_adapter(["default", "lora"])
+    activate(model, "default", "lora")
     both(model, fused=False)
 
 
@@ -382,6 +390,32 @@ def test_a_4_bit_weight_is_not_kept_dense_for_backward():
     ):
         layer(torch.randn(5, 64))
     assert kept and torch.Size([32, 64]) not in kept
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "4 bits", "8 bits"])
+def test_an_activation_that_overwrites_the_output(kind):
+    """Layers keep their output for the magnitude's gradient, unless it is gone."""
+    make = (lambda: quantised_layer(kind, torch.float32, 0.0)) if "bits" in kind else (lambda: peft_layer(base))
+    base = None if "bits" in kind else make_base(kind)
+    x = torch.randn(5, 64 if "bits" in kind else 12)
+    expected = run(nn.Sequential(make(), nn.ReLU()), x)
+    with integration.enabled():
+        assert_same(run(nn.Sequential(make(), nn.ReLU(inplace=True)), x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12,), (0, 12), (2, 0, 3, 12), (2, 1, 3, 12)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_shapes_of_inputs(shape, dropout):
+    layer, x = peft_layer(nn.Linear(12, 10), dropout=dropout), torch.randn(shape, requires_grad=True)
+    torch.manual_seed(0)
+    expected = layer(x)
+    with integration.enabled():
+        torch.manual_seed(0)
+        y = layer(x)
+    assert y.shape == (*shape[:-1], 10)
+    assert_close(y, expected.reshape(y.shape), 1e-5)  # PEFT makes a vector a matrix of one row
+    y.sum().backward()
+    assert x.grad.shape == x.shape
 
 
 def test_an_adapter_that_does_nothing_yet_changes_nothing():

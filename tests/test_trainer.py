@@ -230,11 +230,15 @@ def test_history_goes_on_in_a_resumed_run(tmp_path):
     first = DoraCallback(every=2)
     train("dora_ext", tmp_path / "a", callbacks=[first], **options)
     first.history.to_json(tmp_path / "history.json")
-    again = DoraCallback(every=2, history=MagnitudeHistory.from_json(tmp_path / "history.json"))
+    writer = Writer()
+    again = DoraCallback(every=2, writer=writer, history=MagnitudeHistory.from_json(tmp_path / "history.json"))
     checkpoint = str(tmp_path / "a" / "checkpoint-4")
     train("dora_ext", tmp_path / "b", resume=checkpoint, callbacks=[again], **options)
     assert again.history.steps == [0, 2, 4, 6]
     assert again.history.layers == first.history.layers
+    assert {step for _, step in writer.scalars} == {6}
+    train("dora_ext", tmp_path / "c", callbacks=[again], max_steps=1)  # a new run, not a resumed one
+    assert again.history.steps == [0]
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, "10"])

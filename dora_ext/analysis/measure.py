@@ -110,14 +110,14 @@ def by_kind(layers: dict[str, LayerAnalysis]) -> dict[str, LayerAnalysis]:
 
 
 def summary(model: nn.Module, adapter: str | None = None, *, per_layer: bool = False) -> str:
-    """`analyse` as a table, a row for each kind of layer, or for each layer."""
+    """`analyse` as a table, a row for each kind of layer (and how many there are), or for each layer."""
     layers = analyse(model, adapter)
-    rows = [("layer" if per_layer else "kind", "layers", "m", "n", "m/n", "min", "max", "ΔM", "ΔD", "|grad m|")]
+    rows = [("layer" if per_layer else "kind", "m", "n", "m/n", "min", "max", "ΔM", "ΔD", "|grad m|")]
     for name, a in (layers if per_layer else by_kind(layers)).items():
-        count = 1 if per_layer else sum(layer.kind == name for layer in layers.values())
+        label = name if per_layer else f"{name} ({sum(layer.kind == name for layer in layers.values())})"
         numbers = [a.magnitude.mean, a.norm.mean, a.ratio.mean, a.ratio.min, a.ratio.max]
         numbers += [a.magnitude_change, a.direction_change, a.magnitude_grad_norm]
-        rows.append((name, str(count), *("-" if x is None else f"{x:.4g}" for x in numbers)))
+        rows.append((label, *("-" if x is None else f"{x:.4g}" for x in numbers)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -150,7 +150,7 @@ def _parts(module: nn.Module, adapter: str) -> tuple[Tensor, Tensor, Tensor, Ten
         factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     weight = whole(dense_weight(module.base_layer))
     tensors = (whole(t).to(weight.device) for t in (*factors, module.lora_magnitude_vector[adapter].weight))
-    return weight, *tensors, module.scaling[adapter], embedding or getattr(module, "fan_in_fan_out", False)
+    return weight, *tensors, float(module.scaling[adapter]), embedding or getattr(module, "fan_in_fan_out", False)
 
 
 def _numbers(weight, lora_A, lora_B, magnitude, scaling, transposed, gradient) -> Tensor:

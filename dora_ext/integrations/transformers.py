@@ -51,9 +51,10 @@ class DoraCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         if not (self.log or self.writer) and state.is_world_process_zero and "tensorboard" in args.report_to:
             self._own_writer = _summary_writer(args)
-        if state.global_step not in self.history.steps:
+        # A run that is resumed has this step's record already, with gradients, if its history came along.
+        if state.global_step == 0 or state.global_step not in self.history.steps:
             self.history.record(model, state.global_step, self.adapter)
-        self._publish(state)
+            self._publish(state)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         # The weights are this step's already, and the gradients are still there; only the step is not yet counted. All

@@ -16,15 +16,13 @@ from ..norm_cache import NormCache
 from ..ops import dora_delta, norm_and_gain, norm_and_gain_nf4, weight_norm
 from ..ops._registry import accumulate_dtype
 from ..ops.norm_nf4 import has_norm_nf4
-from .base_weight import dense_weight, gathered, packed_weight
-from .conv import convolve, delta_weight
+from .base_weight import FLOAT_DTYPES, dense_weight, gathered, packed_weight
+from .conv import convolve, delta_weight, dense_kernel
+from .factors import are_plain, matrix_of
 
 ENABLE_DORA_CACHING = False
 """In eval mode, take norms as they were at the first forward, without looking whether a weight has changed since.
 PEFT's own switch (peft.helpers.DoraCaching) does the same. Without it, norms are reused only while nothing changed."""
-
-
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def caching_enabled() -> bool:
@@ -32,23 +30,8 @@ def caching_enabled() -> bool:
     return ENABLE_DORA_CACHING or getattr(peft_dora, "ENABLE_DORA_CACHING", False)
 
 
-def are_plain(*modules: nn.Module) -> bool:
-    """Calling them would do nothing but apply their weights: no wrapper or subclass (FSDP's), hooks, bias, DTensor."""
-    return all(
-        type(m) in _PLAIN
-        and m.bias is None
-        and type(m.weight) in (Tensor, nn.Parameter)
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
-    )
-
-
-def matrix_of(module: nn.Module, features: int) -> Tensor:
-    """The matrix (out, features) that a linear module multiplies with, found by calling it, as FSDP asks for."""
-    like = next(module.parameters())
-    eye = torch.eye(features, device=like.device, dtype=like.dtype)
-    with torch.autocast(like.device.type, enabled=False):
-        return (module(eye) - module(torch.zeros_like(eye[:1]))).T
+def is_number(scaling: float | Tensor) -> bool:
+    return not isinstance(scaling, Tensor)
 
 
 class DoraLinearLayer(nn.Module):
@@ -145,7 +128,7 @@ class DoraLinearLayer(nn.Module):
         norm_only: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """W, dense, and n (out,). `factors` gives A and B, where they are needed. norm_only: W may be None."""
-        packed = None if self.fan_in_fan_out else packed_weight(base_layer)
+        packed = None if self.fan_in_fan_out or not is_number(scaling) else packed_weight(base_layer)
         unpack = packed is None or not norm_only or not has_norm_nf4(packed.packed.device)
         weight = dense_weight(base_layer) if unpack else None
 
@@ -156,12 +139,24 @@ class DoraLinearLayer(nn.Module):
                     m = self.weight.to(packed.packed.device)
                     cache = self.norm_cache
                     return norm_and_gain_nf4(packed, A, B, m, scaling=scaling, cache=cache, dense=weight)[0]
+                if not is_number(scaling) or weight.dtype not in FLOAT_DTYPES:
+                    return self._plain_norm(weight, A, B, scaling)
                 cache = self.norm_cache if weight is base_layer.weight else None
                 m = self.weight.to(weight.device)
                 transposed = self._transposed(weight)
                 return norm_and_gain(weight, A, B, m, scaling=scaling, transposed=transposed, cache=cache)[0]
 
         return weight, self._cached("weight-norm", adapter_name, compute)
+
+    def _plain_norm(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+        """n (out,) in plain PyTorch: for a scaling that is a tensor (peft.utils.hotswap), which to read as a number
+        would wait for the device, and for weights in dtypes (float8) that the kernels don't take."""
+        weight = weight if weight.dtype in FLOAT_DTYPES else weight.to(A.dtype)
+        with torch.autocast(A.device.type, enabled=False):
+            if weight.dim() == 2:
+                return self._dense_norm(weight, B @ A, scaling)
+            weight = dense_kernel(weight, A.shape[1] // weight.shape[1])
+            return self._dense_norm(weight, delta_weight(A, B), scaling).flatten()
 
     def forward(
         self, x: Tensor, *, lora_A, lora_B, scaling: float, base_layer: nn.Module, base_result: Tensor | None = None,
@@ -184,7 +179,7 @@ class DoraLinearLayer(nn.Module):
         bias = None if base_result is None else base_layer.bias
         if base_result is None:
             base_result = F.linear(x.to(dtype), (weight.T if self.fan_in_fan_out else weight).to(dtype))
-        if not are_plain(lora_A, lora_B):
+        if not (are_plain(lora_A, lora_B) and is_number(scaling)):
             return self._compose(base_result, lora_B(lora_A(x)), norm, bias, scaling)
         h = F.linear(x.to(dtype), lora_A.weight.to(dtype))
         m = self.weight.to(norm.device)
@@ -271,7 +266,7 @@ class _DoraConvNdLayer(DoraLinearLayer):
         bias = None if base_result is None else base_layer.bias
         if base_result is None:
             base_result = convolve(base_layer, x.to(dtype), weight.to(dtype), None, base_layer.groups)
-        if not are_plain(lora_A, lora_B):
+        if not (are_plain(lora_A, lora_B) and is_number(scaling)):
             result = self._compose(base_result, lora_B(lora_A(x)), norm, bias, scaling)
             return result[0] if unbatched else result
         h = convolve(base_layer, x.to(dtype), lora_A.weight.to(dtype), None, groups=1)

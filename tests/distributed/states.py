@@ -43,8 +43,9 @@ def some_steps(trainer: Trainer, first: int, count: int = 2) -> list[float]:
 
 
 def logits(model: nn.Module, device: torch.device) -> Tensor:
+    model.eval()
     with torch.no_grad():
-        return model.eval()(make_batch(9, 0, device))
+        return model(make_batch(9, 0, device))
 
 
 def save_checkpoint(rank: Rank, folder: Path, engine: str | None) -> list[float]:
@@ -141,7 +142,7 @@ def changes(rank: Rank, reshard: bool) -> None:
         set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True))
 
     def on_one_rank(t: DTensor) -> None:
-        if rank.rank == 1:
+        if rank.rank == rank.world - 1:
             t.to_local()[0, 0] += 1.0
 
     def noise() -> None:

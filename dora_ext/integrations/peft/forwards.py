@@ -85,7 +85,7 @@ def _transposed(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
 
 def add_product(y: Tensor, rest: Tensor, weight_t: Tensor) -> Tensor:
     """y + rest weight_t: what dropout took away still goes through the base layer, added inside the product."""
-    return torch.addmm(y.flatten(0, -2), rest.reshape(-1, rest.shape[-1]), weight_t).view(y.shape)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), weight_t).view(y.shape)
 
 
 def _quantised(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:

@@ -24,8 +24,8 @@ _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16  # bits of linear_backward's mask
 
 
 class _OverProduct(torch.autograd.Function):
-    """y = g * (x W^T + s (x A^T) B^T) + bias, with `product` = x W^T + bias (..., out), to be overwritten; or None:
-    then it is made here of `weight`, W as a dense tensor. `base`: the layer that backward unpacks W from, so that the
+    """y = g * (x W^T + s (x A^T) B^T) + bias, with `product(x)` = x W^T + bias (..., out), a new tensor; or None:
+    then it is made of `weight`, W as a dense tensor. `base`: the layer that backward unpacks W from, so that the
     dense one is not kept; None where there is nothing to unpack."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _OverProduct(torch.autograd.Function):
                 x, weight, A, B, m, bias, norm, gain, scaling, transposed
             )
         else:
-            y, h = product, x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
+            y, h = product(x), x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
             # g * (x W^T + bias) + (1 - g) * bias
             rest = None if bias is None else (1 - gain) * bias
             torch.ops.dora_ext.compose_.default(y.view(-1, y.shape[-1]), h, B, gain, rest, scaling, False, False)
@@ -66,7 +66,10 @@ def linear_with_bias(
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
-    product = F.linear(x.detach(), weight.T if transposed else weight, bias.detach().to(x.dtype))
+
+    def product(x: Tensor) -> Tensor:
+        return F.linear(x, weight.T if transposed else weight, bias.to(x.dtype))
+
     return _OverProduct.apply(x, A, B, m, bias, weight, None, product, norm, gain, float(scaling), transposed)
 
 
@@ -95,7 +98,7 @@ def quantised_linear(
         if torch.compiler.is_compiling():  # the compiler decides what is kept for backward
             y = dora_linear(inputs, dense, A, B, m, base.bias, scaling=scaling, norm=norm, gain=gain)
         else:
-            product = None if four_bit else _int8_product(base, inputs)
+            product = None if four_bit else base.forward  # bitsandbytes' product of 8-bit numbers
             y = _OverProduct.apply(inputs, A, B, m, base.bias, dense, base, product, norm, gain, float(scaling), False)
         if dropped is not x:  # what dropout took away still goes through the base layer
             import bitsandbytes
@@ -111,12 +114,6 @@ def _compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     return x.dtype if base.compute_dtype is None else base.compute_dtype
-
-
-def _int8_product(base: nn.Module, x: Tensor) -> Tensor:
-    """The base product (..., out) with its bias, as Linear8bitLt makes it, without gradients."""
-    with torch.no_grad():
-        return base.forward(x)
 
 
 def _norm_and_gain(

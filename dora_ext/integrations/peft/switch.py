@@ -104,6 +104,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for module in (dora, variants):
             if hasattr(module, name):
                 yield module, name, ours
-    cache = functools.cached_property(lambda self: NormCache())
-    cache.__set_name__(dora.DoraLinearLayer, "norm_cache")
-    yield dora.DoraLinearLayer, "norm_cache", cache
+    # What our __init__ would have given them, made when first asked for. (PEFT 0.18 has no _dora_cache of its own.)
+    for name, make in (("norm_cache", NormCache), ("_dora_cache", dict)):
+        attribute = functools.cached_property(lambda self, make=make: make())
+        attribute.__set_name__(dora.DoraLinearLayer, name)
+        yield dora.DoraLinearLayer, name, attribute
