@@ -1,5 +1,5 @@
-// DoRA's linear layer over a W packed in NF4: unpacked once in each direction, and gone when the op returns. The rest is
-// linear.cpp's. Registered once for all backends; one that multiplies packed weights itself takes its place.
+// DoRA's linear layer over a W packed in NF4: unpacked once in each direction, and gone when the op returns. The rest
+// is linear.cpp's. Registered once for all backends; one that multiplies packed weights itself takes its place.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
@@ -25,9 +25,9 @@ auto find_op(const char* name) {
 Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10::SymIntArrayRef shape,
               at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
               const OptionalTensor& offset, int64_t nested_blocksize, at::ScalarType to) {
-  static auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType,
-                                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t)>(
-      "dora_ext::dequantize_nf4");
+  static auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
+                     const OptionalTensor&, const OptionalTensor&, int64_t)>("dora_ext::dequantize_nf4");
   // Rounded once from fp32, so that this equals fp32 values that are rounded afterwards.
   const bool direct = dtype == at::kFloat && (to == at::kHalf || to == at::kBFloat16);
   return op

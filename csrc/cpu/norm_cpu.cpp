@@ -17,10 +17,9 @@ namespace {
 // W where it is stored, by output feature (out, in).
 template <typename T>
 struct DenseRows {
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = 64, kScratch = 0;
   const T* w;
   int64_t ld, columns;
-  static constexpr int64_t kScratch = 0;
 
   const T* operator()(T*, int64_t row, int64_t, int64_t first, int64_t) const { return w + row * ld + first; }
 };
