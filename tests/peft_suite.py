@@ -67,7 +67,7 @@ def pytest_runtest_logreport(report):
 
 def pytest_collectreport(report):
     if report.failed:
-        _outcomes[report.nodeid] = {"outcome": "not collected", "why": str(report.longrepr)[-300:], "fused": 0}
+        _outcomes[report.nodeid] = {"outcome": "not collected", "why": str(report.longrepr).split("\n")[-1], "fused": 0}
 
 
 def pytest_sessionfinish(session):

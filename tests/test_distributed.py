@@ -29,6 +29,7 @@ TRAINING = {
     "fsdp2, accumulated, checkpointing": {"engine": "fsdp2", "accumulate": 2, "checkpointing": True},
     "fsdp2, bf16": {"engine": "fsdp2", "dtype": "bfloat16"},
     "fsdp2, bf16, kept whole after forward": {"engine": "fsdp2", "dtype": "bfloat16", "reshard": False},
+    "fsdp2, bf16 base, bf16 autocast": {"engine": "fsdp2", "dtype": "bfloat16", "base": "bfloat16"},
 }
 
 
@@ -37,8 +38,27 @@ TRAINING = {
 def test_training_equals_that_of_one_process(two, case, model):
     if model == "llama":
         pytest.importorskip("transformers")
-    results = two.run("training.train", model=model, **TRAINING[case])
+    # Gloo's time is better spent on other cases.
+    steps = 20 if two.device == "cuda" else 4
+    results = two.run("training.train", model=model, steps=steps, **TRAINING[case])
     assert results[0]["layers"] == {"mixed": 8, "llama": 15}[model]
+
+
+PEFT = {
+    "ddp": {"engine": "ddp"},
+    "ddp, nf4": {"engine": "ddp", "nf4": "uint8"},
+    "fsdp2, accumulated": {"engine": "fsdp2", "accumulate": 2},
+    "fsdp2, bf16": {"engine": "fsdp2", "dtype": "bfloat16"},
+    "fsdp2, nf4": {"engine": "fsdp2", "nf4": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_peft_models_with_enable(two, case):
+    pytest.importorskip("peft")
+    if "nf4" in case:
+        pytest.importorskip("bitsandbytes")
+    two.run("training.train", model="mixed", library="peft", **PEFT[case])
 
 
 NF4 = {

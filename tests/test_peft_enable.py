@@ -320,6 +320,28 @@ def test_merging(safe):
     assert_close(merged(IDS), expected(IDS), 1e-5)
 
 
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_merging_a_feature_whose_weights_are_all_zero(name, safe):
+    """PEFT's result is NaN there, merged or not; ours is the bias, and merging and unmerging change nothing."""
+    with integration.enabled():
+        base = make_base(name)
+        column = name in ("gpt2 conv1d", "embedding")
+        with torch.no_grad():
+            base.weight[(slice(None), 3) if column else 3] = 0
+        layer, x = peft_layer(base), make_input(name)
+        with torch.no_grad():
+            B = layer.lora_embedding_B["default"] if name == "embedding" else layer.lora_B["default"].weight
+            B[3] = 0
+        assert layer.lora_magnitude_vector["default"].weight.flatten()[3] == 0
+        before, expected = layer.base_layer.weight.clone(), layer(x)
+        layer.merge(safe_merge=safe)
+        assert_close(layer(x), expected, 1e-5)
+        layer.unmerge()
+        assert_close(layer.base_layer.weight, before, 1e-5)
+        assert_close(layer(x), expected, 1e-5)
+
+
 def test_files_are_pefts(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "off")

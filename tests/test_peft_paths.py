@@ -33,7 +33,7 @@ def same_as_peft(layer: nn.Module, x, path: str, tolerance: float = 1e-5) -> Non
     """The forward takes `path`, `report` says so, and the results are PEFT's."""
     assert path_of(layer).path == path
     integration.disable()
-    assert path_of(layer) == ("peft", "enable() is not in force", None, -1)
+    assert path_of(layer) == ("peft", "enable() is not in force", -1)
     expected = {name: t.clone() for name, t in run(layer, x).items()}
     integration.enable()
     before = forwards.calls["fused"]

@@ -72,8 +72,8 @@ OPTIONS = {
 }
 
 
-LONG = {"max_steps": 200, "learning_rate": 1e-3, "count": 64}
-OPTIONS |= {"200 steps": LONG, "200 steps in bf16 autocast": LONG | {"bf16": True}}
+LONG = {"max_steps": 60, "learning_rate": 1e-3, "count": 64}
+OPTIONS |= {"60 steps": LONG, "60 steps in bf16 autocast": LONG | {"bf16": True}}
 
 
 @functools.cache

@@ -23,9 +23,19 @@ def two(tmp_path_factory):
     ranks.stop()
 
 
-@pytest.mark.parametrize("model", ["mixed", "llama"])
-def test_training_equals_that_of_one_process(two, model):
-    two.run("zero.train", model=model)
+CASES = {
+    "mixed": {"model": "mixed"},
+    "llama": {"model": "llama"},
+    "checkpointing": {"model": "mixed", "checkpointing": True},
+    "peft": {"model": "mixed", "library": "peft"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_that_of_one_process(two, case):
+    if case in ("llama", "peft"):
+        pytest.importorskip({"llama": "transformers"}.get(case, case))
+    two.run("zero.train", **CASES[case])
 
 
 def test_weights_that_are_partitioned_when_they_are_wrapped(two, tmp_path):

@@ -74,9 +74,11 @@ class DoraLinearLayer(nn.Module):
     ) -> Tensor:
         """|weight + scaling * lora_weight| per output feature, (out,), for a finished lora_weight = B A (out, in).
 
-        Returns float32 (float64 for float64), where PEFT rounds to weight's dtype.
+        Returns float32 (float64 for float64), where PEFT rounds to weight's dtype; for a norm of 0 the smallest normal
+        number, because PEFT's merging divides by it.
         """
-        return self._cached("weight-norm", adapter_name, lambda: self._dense_norm(weight, lora_weight, scaling))
+        norm = self._cached("weight-norm", adapter_name, lambda: self._dense_norm(weight, lora_weight, scaling))
+        return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def _dense_norm(self, weight: Tensor, lora_weight: Tensor, scaling: float) -> Tensor:
         dtype = accumulate_dtype(torch.promote_types(weight.dtype, lora_weight.dtype))

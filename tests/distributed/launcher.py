@@ -79,7 +79,8 @@ class Ranks:
                         answers[rank] = ("died", process.exitcode)
             if any(a and a[0] != "result" for a in answers):
                 # The others are waiting for one that will not come: they have until the process group's timeout.
-                deadline = min(deadline, time.monotonic() + self.timeout + 5)
+                # NCCL's watchdog notices and reports a little later.
+                deadline = min(deadline, time.monotonic() + self.timeout + (30 if self.device == "cuda" else 5))
         return [a or ("silent", f"no answer within {self.timeout + 30} s") for a in answers]
 
     def stop(self) -> None:
@@ -97,6 +98,7 @@ def _serve(rank: int, world: int, device: str, meeting: str, timeout: float, pip
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(here)
+        torch.backends.cudnn.allow_tf32 = False  # as in the tests' own process
     torch.distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
         timeout=timedelta(seconds=timeout),

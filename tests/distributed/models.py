@@ -1,5 +1,6 @@
 """Small models to spread over processes, and how each engine takes them. Sizes are odd, so that shards are uneven."""
 
+import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -10,8 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from dora_ext import DoraEmbedding, DoraLinear, inject
-from dora_ext.injection import dora_layers
+from dora_ext import inject
 
 VOCAB, LENGTH, BATCH = 31, 7, 4
 TARGETS = r"(embed|head|.*\.(up|down|mix|embed_tokens|\w+_proj))"  # all but Llama's head
@@ -82,14 +82,22 @@ def make_base(name: str, device: torch.device) -> nn.Module:
     return {"mixed": Mixed, "llama": Llama}[name]().to(device)
 
 
-def make_model(name: str, device: torch.device, checkpointing: bool = False, nf4: str | None = None) -> nn.Module:
+def make_model(
+    name: str, device: torch.device, checkpointing: bool = False, nf4: str | None = None, base: str = "float32",
+    library: str = "dora_ext",
+) -> nn.Module:  # fmt: skip
     """All of its linear layers (but Llama's head), embeddings and convolutions are DoRA layers in mid-training."""
-    model = make_base(name, device)
+    model = make_base(name, device).to(getattr(torch, base))
     if nf4:
         quantise(model, nf4, device)
     if checkpointing:
         model.checkpointing = True
-    return train_a_little(inject(model, TARGETS, r=3, alpha=6))
+    if library == "dora_ext":
+        return train_a_little(inject(model, TARGETS, r=3, alpha=6))
+    from peft import LoraConfig, get_peft_model
+
+    model.is_loaded_in_4bit = nf4 is not None  # PEFT looks at it
+    return train_a_little(get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, use_dora=True)))
 
 
 def quantise(model: nn.Module, storage: str, device: torch.device) -> None:
@@ -119,7 +127,7 @@ def spread(model: nn.Module, engine: str, device: torch.device, reshard: bool = 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     shard = partial(fully_shard, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    for block in model.blocks:
+    for block in getattr(model, "base_model", model).blocks:  # PEFT's model looks for them in what is inside it
         shard(block)
     return shard(model)
 
@@ -134,11 +142,8 @@ def without_sync(model: nn.Module, last: bool):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def kinds(model: nn.Module) -> set[type]:
-    """DoRA layers that a test of `model` is about; a test that lost them would test nothing."""
-    found = {type(layer) for layer in dora_layers(model).values()}
-    assert {DoraLinear, DoraEmbedding} <= found
-    return found
+    return {
+        re.sub(r"^(module\.)?(base_model\.model\.)?", "", name): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }

@@ -1,6 +1,7 @@
 """Scenarios under DeepSpeed's ZeRO-3, which leaves empty tensors in the place of parameters that no module is using."""
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -45,11 +46,23 @@ def full_gradient(p: nn.Parameter) -> torch.Tensor:
     return safe_get_full_grad(p)
 
 
-def train(rank: Rank, model: str, checkpointing: bool = False, steps: int = 3) -> None:
+def train(rank: Rank, model: str, library: str = "dora_ext", checkpointing: bool = False, steps: int = 3) -> None:
     """Losses, gradients and norms equal those of a plain model, while the weights are in parts."""
     alone = Trainer(make_model(model, rank.device), rank)
-    engine = start(make_model(model, rank.device, checkpointing), rank)
-    check_norms(engine.module)
+    with ExitStack() as stack:
+        if library == "peft":
+            from dora_ext.integrations.peft import enabled
+
+            stack.enter_context(enabled())
+        engine = start(make_model(model, rank.device, checkpointing, library=library), rank)
+        check_norms(engine.module)
+        compare(rank, engine, alone, steps)
+    for ours, plain in zip(*(dora_layers(m).values() for m in (engine.module, alone.model)), strict=library != "peft"):
+        assert ours.base_layer.weight.numel() == 0, "not partitioned: this tests nothing"
+        assert_close(ours.weight_norm(), plain.weight_norm(), 1e-5)
+
+
+def compare(rank: Rank, engine, alone: Trainer, steps: int) -> None:
     for step in range(steps):
         batch = make_batch(step, 0, rank.device)
         loss = loss_of(engine, batch.chunk(rank.world)[rank.rank])
@@ -60,9 +73,6 @@ def train(rank: Rank, model: str, checkpointing: bool = False, steps: int = 3) -
         for name, p in trained(engine.module).items():
             assert_close(full_gradient(p), expected[name], 1e-5, f"gradient of {name} in step {step}")
         engine.step()
-    for ours, plain in zip(*(dora_layers(m).values() for m in (engine.module, alone.model)), strict=True):
-        assert ours.base_layer.weight.numel() == 0, "not partitioned: this tests nothing"
-        assert_close(ours.weight_norm(), plain.weight_norm(), 1e-5)
 
 
 def partitioned_from_the_start(rank: Rank, folder: Path) -> list:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...nn.conv import convolve
 from ...ops import dora_conv, dora_embedding, dora_linear, norm_and_gain
 from ...ops._registry import autocast_dtype
-from .paths import CONV, EIGHT_BIT, EMBEDDING, FOUR_BIT, FUSED, LINEAR, TRANSPOSED, path_of
+from .paths import CONV, EIGHT_BIT, EMBEDDING, FOUR_BIT, FUSED, LINEAR, TRANSPOSED, active_adapters, path_of
 from .products import linear_with_bias, quantised_linear
 
 calls = {FUSED: 0}
@@ -28,7 +28,7 @@ def switched(peft_forward: Callable) -> Callable:
         if not args and not kwargs:
             path = path_of(self)
             if path.path is FUSED:
-                y = _CALLS[path.kind](self, path.adapter, x)
+                y = _CALLS[path.kind](self, active_adapters(self)[0], x)
                 if y is not None:
                     if not torch.compiler.is_compiling():
                         calls[FUSED] += 1

@@ -19,15 +19,14 @@ from ...nn.layers import caching_enabled
 FUSED, DELTA, PEFT = "fused", "delta", "peft"
 
 # What kind of layer the base is; each has its call in forwards.py.
-LINEAR, TRANSPOSED, FOUR_BIT, EIGHT_BIT, EMBEDDING, CONV = range(6)
+LINEAR, TRANSPOSED, FOUR_BIT, EIGHT_BIT, EMBEDDING, CONV = _KINDS = range(6)
 
 
 class Path(NamedTuple):
-    """The path of one layer: "fused", "delta" or "peft"; why; the adapter that is fused; the kind of its base layer."""
+    """The path of one layer: "fused", "delta" or "peft"; why; where it is "fused", the kind of its base layer."""
 
     path: str
     reason: str
-    adapter: str | None = None
     kind: int = -1
 
 
@@ -53,28 +52,27 @@ _DROPOUT = Path(DELTA, "a dropout that is not torch.nn.Dropout")
 _EIGHT_BIT_DROPOUT = Path(DELTA, "dropout over an 8-bit base layer: its two inputs need two products")
 _CACHING = Path(DELTA, "PEFT's DoraCaching is on")
 _EMBEDDING = Path(DELTA, "sparse gradients, a parallel plan, or an embed_scale that is not one number")
-_SCALED = "ScaledWordEmbedding"
+_FUSED = tuple(Path(FUSED, "base product, adapter and magnitude are one call", kind) for kind in _KINDS)
 
 _VARIANTS = frozenset(f"Dora{kind}Variant" for kind in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"))
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_kinds: dict[type, int | None] = {
-    nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
-}  # fmt: skip
-_fused: dict[tuple[str, int], Path] = {}
+_kinds: dict[type, int | None] = {}
 
 
 def _find_kind(cls: type) -> int | None:
     """None: a class that computes something that we don't know. Other libraries' classes are named, not imported."""
-    names = [(c.__module__.partition(".")[0], c.__name__) for c in cls.__mro__[:2]]
+    if cls in _CONVS:
+        return CONV
     if cls.__module__.startswith("transformers."):
         if cls.__name__ == "Conv1D":
             return TRANSPOSED
-        if cls.__name__.endswith(_SCALED) and issubclass(cls, nn.Embedding):
+        if cls.__name__.endswith("ScaledWordEmbedding") and issubclass(cls, nn.Embedding):
             return EMBEDDING
-    if ("bitsandbytes", "Linear4bit") in names:
+    # Linear4bit has the subclasses LinearNF4 and LinearFP4.
+    if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__[:2]):
         return FOUR_BIT
-    if ("bitsandbytes", "Linear8bitLt") in names[:1]:
+    if cls.__name__ == "Linear8bitLt" and cls.__module__.startswith("bitsandbytes."):
         return EIGHT_BIT
     for known, kind in ((nn.Linear, LINEAR), (nn.Embedding, EMBEDDING)):
         # Subclasses that change how a layer is made, or its name, but not what it computes.
@@ -84,12 +82,19 @@ def _find_kind(cls: type) -> int | None:
 
 
 def _kind_of(cls: type) -> int | None:
-    if cls in _kinds:
-        return _kinds[cls]
-    kind = _find_kind(cls)
-    if not torch.compiler.is_compiling():
-        _kinds[cls] = kind
-    return kind
+    if torch.compiler.is_compiling():  # whose graph must not depend on what else is in the dictionary
+        return _find_kind(cls)
+    if cls not in _kinds:
+        _kinds[cls] = _find_kind(cls)
+    return _kinds[cls]
+
+
+def active_adapters(layer: nn.Module) -> list[str]:
+    """The active adapters that `layer` has."""
+    active, scalings = layer._active_adapter, layer.scaling
+    if isinstance(active, str):
+        return [active] if active in scalings else []
+    return [name for name in active if name in scalings]
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -110,10 +115,7 @@ def path_of(layer: nn.Module) -> Path:
         return _DISABLED
     if layer.merged_adapters:
         return _MERGED
-    active, scalings = layer._active_adapter, layer.scaling
-    names = [active] if isinstance(active, str) else active
-    names = [name for name in names if name in scalings]
-    variants = layer.lora_variant
+    names, variants = active_adapters(layer), layer.lora_variant
     if not names:
         return _NO_ADAPTER
     if len(names) > 1:
@@ -124,11 +126,9 @@ def path_of(layer: nn.Module) -> Path:
 
     modules = layer._modules
     base = modules["base_layer"]
-    kind = _kinds.get(type(base))
+    kind = _kind_of(type(base))
     if kind is None:
-        kind = _kind_of(type(base))
-        if kind is None:
-            return _BASE_KIND
+        return _BASE_KIND
     if _hooked(base) or "forward" in base.__dict__:
         return _BASE_HOOKS
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
@@ -174,18 +174,11 @@ def path_of(layer: nn.Module) -> Path:
     device = weight.device
     if A.device != device or B.device != device or magnitude.device != device:
         return _DEVICES
-    if not isinstance(scalings[name], (int, float)):
+    if not isinstance(layer.scaling[name], (int, float)):
         return _SCALING
     if not layer.training and caching_enabled():
         return _CACHING
-    return _fused.get((name, kind)) or _fused_path(name, kind)
-
-
-def _fused_path(name: str, kind: int) -> Path:
-    path = Path(FUSED, "base product, adapter and magnitude are one call", name, kind)
-    if not torch.compiler.is_compiling():
-        _fused[name, kind] = path
-    return path
+    return _FUSED[kind]
 
 
 def _quantised_readable(base: nn.Module, weight: Tensor, kind: int) -> bool:

@@ -6,9 +6,12 @@ takes for its own, and go on working after `disable()` and out of a pickle.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ...nn import layers as our_layers
 from ...norm_cache import NormCache
@@ -104,8 +107,29 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         for module in (dora, variants):
             if hasattr(module, name):
                 yield module, name, ours
+    for name in ("DoraLinearVariant", "DoraEmbeddingVariant", "_DoraConvNdVariant"):
+        variant = getattr(variants, name)
+        yield variant, "unmerge", staticmethod(_with_zero_norms(variant.unmerge))
+
     # What our __init__ would have given them, made when first asked for. (PEFT 0.18 has no _dora_cache of its own.)
     for name, make in (("norm_cache", NormCache), ("_dora_cache", dict)):
         attribute = functools.cached_property(lambda self, make=make: make())
         attribute.__set_name__(dora.DoraLinearLayer, name)
         yield dora.DoraLinearLayer, name, attribute
+
+
+def _with_zero_norms(theirs: Callable) -> Callable:
+    """PEFT's unmerge, which divides 0 by 0 for features whose weights and magnitude are all zero."""
+
+    @functools.wraps(theirs)
+    def unmerge(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        norm = module._caches.get(f"{active_adapter}-weight_norm")
+        weight = theirs(module, active_adapter, orig_weight)
+        if norm is None:
+            return weight
+        by_column = module.lora_magnitude_vector[active_adapter].fan_in_fan_out
+        shape = (1, -1) if by_column else (-1, *([1] * (weight.dim() - 1)))
+        zero = (norm <= torch.finfo(norm.dtype).tiny).view(shape)
+        return weight.masked_fill(zero & weight.isnan(), 0)
+
+    return unmerge
