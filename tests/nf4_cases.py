@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dora_ext.ops import NF4Tensor
 from dora_ext.ops.nf4 import CODEBOOK
+from dora_ext.testing import TOLERANCE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -63,6 +64,13 @@ def state_of(q: NF4Tensor, **changes) -> SimpleNamespace:
         "state2": inner if q.nested else None,
     }
     return SimpleNamespace(**{**fields, **changes})
+
+
+def norm_tolerance(device: str, dtype: torch.dtype) -> float:
+    """Relative error of a norm from packed weights of `dtype`. Without a kernel of its own for it, a device takes the
+    dense norm, for which A and B are rounded to W's dtype."""
+    rounded = device != "cpu" and dtype != torch.float32
+    return TOLERANCE[dtype] if rounded else 1e-6
 
 
 class Dequantisations:

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from nf4_cases import same_bits
+from nf4_cases import norm_tolerance, same_bits
 from test_linear_nf4 import kept
 from test_nf4_linear import run
 from torch import nn
@@ -56,7 +56,7 @@ def test_as_it_is(bnb, device, dtype, compute_dtype, double_quant):
         y = layer(x)
         half = torch.bfloat16 in (compute_dtype, x_dtype)
         assert y.dtype == x_dtype
-        assert_close(y, exact(layer, x), 1e-2 if half else 1e-6)
+        assert_close(y, exact(layer, x), 1e-2 if half else norm_tolerance(device, dtype))
 
 
 @NESTED

@@ -8,7 +8,7 @@ from .linear_nf4 import dora_linear_nf4
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 from .nf4_bitsandbytes import from_bitsandbytes
 from .norm import norm_and_gain, weight_norm
-from .norm_nf4 import norm_and_gain_nf4, norm_nf4
+from .norm_nf4 import norm_and_gain_nf4, weight_norm_nf4
 
 __all__ = [
     "NF4Tensor",
@@ -21,7 +21,7 @@ __all__ = [
     "from_bitsandbytes",
     "norm_and_gain",
     "norm_and_gain_nf4",
-    "norm_nf4",
     "quantize_nf4",
     "weight_norm",
+    "weight_norm_nf4",
 ]

@@ -38,7 +38,7 @@ def has_norm_nf4(device: torch.device) -> bool:
     return device.type in _DEVICES
 
 
-def norm_nf4(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
+def weight_norm_nf4(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
     """The norm of each output feature of W + s B A (DoRA, arXiv 2402.09353, equation 5) for a W packed in NF4.
 
     W's values are those of dequantize_nf4(q). On the CPU no more than a few rows of them exist at a time. A device that
@@ -66,7 +66,7 @@ def norm_and_gain_nf4(
     cache: NormCache | None = None,
     dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n (out,) as `norm_nf4`, and g = magnitude / n, 0 where n = 0. Neither carries a gradient.
+    """n (out,) as `weight_norm_nf4`, and g = magnitude / n, 0 where n = 0. Neither carries a gradient.
 
     `cache` reuses n while the packed bytes, the scales, A and B are the same tensors at the same versions, no optimizer
     has stepped, and a fingerprint of all of A, B and the scales and of a sample of the packed bytes has not moved.
