@@ -221,6 +221,27 @@ def test_autocast(name, options, dtypes):
     both(Autocast(), x, 2e-2)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_on_cuda(name, dtype, tolerance):
+    layer = peft_layer(make_base(name, dtype, "cuda"))
+    assert layer.lora_magnitude_vector["default"].weight.is_cuda
+    for _ in range(2):
+        both(layer, make_input(name, dtype, "cuda"), tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
+def test_bitsandbytes_on_cuda(kind, dropout):
+    layer = quantised_layer(kind, torch.float16, dropout, device="cuda")
+    x = torch.randn(3, 5, 64, dtype=torch.float16, device="cuda", requires_grad=True)
+    expected = {name: t.clone() for name, t in run(layer.eval(), x).items()}
+    with integration.enabled():
+        assert_same(run(layer, x), expected, 1e-2)
+
+
 def test_an_input_that_the_base_does_not_take_gives_pefts_error():
     layer, x = peft_layer(nn.Linear(12, 10)), torch.randn(3, 12, dtype=torch.float64)
     with pytest.raises(RuntimeError) as theirs:
@@ -244,6 +265,50 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_whole_models(options):
     both(make_model(**OPTIONS[options]))
+
+
+def language_model(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **small)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=16, **small,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+class Loss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["no checkpoints", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_language_models(name, reentrant):
+    model = make_model(
+        base=language_model(name), target_modules="all-linear", fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM"
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # GPT-2's own
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert {path.path for path in integration_report(model)} == {"fused"}
+    both(Loss(model.train()), torch.randint(50, (2, 9)))
+
+
+def integration_report(model: nn.Module) -> list:
+    with integration.enabled():
+        return list(integration.report(model).values())
 
 
 def test_tied_embeddings():
@@ -370,7 +435,7 @@ def test_files_are_pefts(tmp_path):
 # --- quantised bases
 
 
-def quantised_layer(kind: str, dtype, dropout: float, bias: bool = True) -> nn.Module:
+def quantised_layer(kind: str, dtype, dropout: float, bias: bool = True, device: str = "cpu") -> nn.Module:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(2)
     if kind == "4 bits":
@@ -378,7 +443,7 @@ def quantised_layer(kind: str, dtype, dropout: float, bias: bool = True) -> nn.M
     else:
         base = bitsandbytes.nn.Linear8bitLt(64, 32, bias=bias, has_fp16_weights=False, threshold=6.0)
     base.load_state_dict(nn.Linear(64, 32, bias=bias).to(dtype).state_dict())
-    model = nn.Sequential(OrderedDict(layer=base.to("cpu")))
+    model = nn.Sequential(OrderedDict(layer=base.to(device)))
     setattr(model, "is_loaded_in_4bit" if kind == "4 bits" else "is_loaded_in_8bit", True)
     config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, use_dora=True, target_modules=["layer"])
     return train_a_little(peft.get_peft_model(model, config).base_model.model.layer)

@@ -1,12 +1,15 @@
 """Which path each layer takes, that `report` says what the forward does, and that every path gives PEFT's results."""
 
 import copy
+import gc
+import weakref
 from collections import OrderedDict
 
 import pytest
 import torch
 from module_cases import assert_same, make_base, make_input, peft_layer, run
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
@@ -355,6 +358,25 @@ def test_stale_norms(name):
         expected = copied(x)
         integration.enable()
         assert_close(layer(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "embedding", "conv2d"])
+def test_nothing_is_kept_alive(name):
+    layer, x = peft_layer(make_base(name)), make_input(name)
+    gc.collect()
+    gc.disable()
+    try:
+        y = layer(x)
+        output, base = StorageWeakRef(y.untyped_storage()), weakref.ref(layer.base_layer)
+        del y
+        assert output.expired()
+        y = layer(x)
+        y.sum().backward()
+        del layer, y
+        gc.collect()
+        assert base() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("made_before", [True, False])
