@@ -1,24 +1,21 @@
-"""PEFT's models with enable() on and off: the same results, gradients, files; and the switch itself."""
+"""The switch itself, what it leaves behind, merging, and the files of models on our kernels."""
 
 import copy
 import pickle
 import sys
-import warnings
-from collections import OrderedDict
 
 import pytest
 import torch
-from module_cases import BASES, ONE_OF_EACH, assert_same, make_base, make_input, peft_layer, run, train_a_little
-from torch import nn
+from module_cases import ONE_OF_EACH, assert_same, make_base, make_input, peft_layer, run
+from peft_cases import IDS, TARGETS, Model, both, make_model
 
 import dora_ext
 import dora_ext.integrations.peft as integration
-from dora_ext.integrations.peft import forwards
 from dora_ext.nn import layers as our_layers
 from dora_ext.testing import assert_close
 
-peft = pytest.importorskip("peft")
 load_file = pytest.importorskip("safetensors.torch").load_file
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -27,61 +24,6 @@ def off():
     integration.disable()
     yield
     integration.disable()
-
-
-class Model(nn.Module):
-    """Every kind of layer that an adapter sits on, one after the other."""
-
-    def __init__(self, tied: bool = False):
-        super().__init__()
-        self.embed = nn.Embedding(20, 12)
-        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 12, bias=False)
-        self.conv = nn.Conv1d(12, 12, 3, padding=1)
-        self.head = nn.Linear(12, 20, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        x = x + self.second(torch.relu(self.first(x)))
-        return self.head(x + self.conv(x.movedim(-1, 1)).movedim(1, -1))
-
-
-TARGETS = ["embed", "first", "second", "conv"]
-
-
-def make_model(adapters=("default",), base: nn.Module | None = None, **options):
-    torch.manual_seed(5)
-    config = peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": TARGETS, "init_lora_weights": False, **options}
-    )
-    model = peft.get_peft_model(base or Model(), config, adapter_name=adapters[0])
-    for name in adapters[1:]:
-        model.add_adapter(name, config)
-    return train_a_little(model)
-
-
-def activate(model: nn.Module, *adapters: str) -> None:
-    model.base_model.set_adapter(list(adapters))
-    for name, p in model.named_parameters():  # PEFT before 0.20 leaves magnitudes of inactive adapters trainable
-        if "lora_" in name:
-            p.requires_grad_(not set(name.split(".")).isdisjoint(adapters))
-
-
-IDS = torch.tensor([[1, 5, 2, 2, 19, 0], [3, 3, 7, 8, 11, 4]])
-
-
-def both(model: nn.Module, x=IDS, tolerance: float = 1e-5, fused: bool = True) -> None:
-    """Output and all gradients of `model` with PEFT's code and with ours."""
-    expected = run(model, x)
-    expected = {name: t.clone() for name, t in expected.items()}
-    with integration.enabled():
-        before = forwards.calls["fused"]
-        assert_same(run(model, x), expected, tolerance)
-        assert (forwards.calls["fused"] > before) == fused
-
-
-# --- the switch
 
 
 def test_enable_and_disable_put_the_very_same_functions_back():
@@ -174,130 +116,6 @@ def test_pickles_and_copies():
     assert_same(run(pickle.loads(pickle.dumps(old)), IDS), expected, 1e-5)
 
 
-# --- the same results
-
-
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.4}, {"use_rslora": True}], ids=str)
-@pytest.mark.parametrize("name", BASES)
-def test_one_layer(name, options):
-    layer, x = peft_layer(make_base(name), **options), make_input(name)
-    for _ in range(2):  # the second time the norm comes from the cache
-        both(layer, x)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_in_float64(name):
-    both(peft_layer(make_base(name, torch.float64)).double(), make_input(name, torch.float64), 1e-12)
-
-
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_bfloat16_base(name, adapter_dtype):
-    """PEFT's adapters are float32 over such a base; results and gradients keep PEFT's dtypes."""
-    layer = peft_layer(make_base(name, torch.bfloat16))
-    for parameter_name, p in layer.named_parameters():
-        if "lora" in parameter_name:
-            p.data = p.data.to(adapter_dtype)
-    both(layer, make_input(name, torch.bfloat16), 2e-2)
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.4}], ids=str)
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_autocast(name, options, dtypes):
-    base_dtype, x_dtype = dtypes
-    layer = peft_layer(make_base(name, base_dtype), **options)
-    x = make_input(name, x_dtype)
-
-    class Autocast(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.layer(x)
-
-    both(Autocast(), x, 2e-2)
-
-
-def test_an_input_that_the_base_does_not_take_gives_pefts_error():
-    layer, x = peft_layer(nn.Linear(12, 10)), torch.randn(3, 12, dtype=torch.float64)
-    with pytest.raises(RuntimeError) as theirs:
-        layer(x)
-    with integration.enabled(), pytest.raises(RuntimeError) as ours:
-        layer(x)
-    assert str(ours.value) == str(theirs.value)
-
-
-OPTIONS = {
-    "plain": {},
-    "patterns": {"rank_pattern": {"first": 2, "conv": 3}, "alpha_pattern": {"second": 11}},
-    "rslora": {"use_rslora": True},
-    "dropout": {"lora_dropout": 0.3},
-    "bias": {"bias": "all"},
-    "modules_to_save": {"modules_to_save": ["head"]},
-    "layers left out": {"exclude_modules": ["first"]},
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_whole_models(options):
-    both(make_model(**OPTIONS[options]))
-
-
-def test_tied_embeddings():
-    both(
-        make_model(
-            base=Model(tied=True),
-        )
-    )
-
-
-def test_a_trained_base_weight_gets_its_gradient():
-    model = make_model(target_modules=["first", "conv"])
-    for name in ("first", "conv"):
-        getattr(model.base_model.model, name).base_layer.weight.requires_grad_()
-    both(model, fused=False)
-
-
-def test_several_adapters_switching_and_disabling():
-    model = make_model(("default", "other"))
-    activate(model, "default")
-    both(model)
-    activate(model, "other")
-    both(model)
-    activate(model, "default", "other")
-    both(model, fused=False)
-    activate(model, "default")
-    outputs = []
-    for on in (False, True):
-        (integration.enable if on else integration.disable)()
-        with model.disable_adapter():
-            outputs.append(model(IDS))
-    assert torch.equal(*outputs)
-    both(model)
-
-
-def test_mixed_batches_are_refused_as_in_peft():
-    model = make_model().eval()
-    with integration.enabled(), pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
-        model(IDS, adapter_names=["default", "__base__"])
-
-
-def test_plain_lora_beside_dora():
-    model = make_model()
-    model.add_adapter("lora", peft.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
-    activate(model, "lora")
-    train_a_little(model)
-    both(model, fused=False)
-    activate(model, "default", "lora")
-    both(model, fused=False)
-
-
-# --- merging and files
-
-
 @pytest.mark.parametrize("safe", [False, True])
 def test_merging(safe):
     theirs = make_model(("default", "other"))
@@ -365,90 +183,3 @@ def test_files_are_pefts(tmp_path):
         loaded = peft.PeftModel.from_pretrained(Model(), tmp_path / "off", is_trainable=True)
         results = run(loaded, IDS)
     assert_same(results, run(expected, IDS), 1e-5)
-
-
-# --- quantised bases
-
-
-def quantised_layer(kind: str, dtype, dropout: float, bias: bool = True) -> nn.Module:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(2)
-    if kind == "4 bits":
-        base = bitsandbytes.nn.Linear4bit(64, 32, bias=bias, quant_type="nf4", compute_dtype=dtype)
-    else:
-        base = bitsandbytes.nn.Linear8bitLt(64, 32, bias=bias, has_fp16_weights=False, threshold=6.0)
-    base.load_state_dict(nn.Linear(64, 32, bias=bias).to(dtype).state_dict())
-    model = nn.Sequential(OrderedDict(layer=base.to("cpu")))
-    setattr(model, "is_loaded_in_4bit" if kind == "4 bits" else "is_loaded_in_8bit", True)
-    config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, use_dora=True, target_modules=["layer"])
-    return train_a_little(peft.get_peft_model(model, config).base_model.model.layer)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("kind", ["4 bits", "8 bits"])
-def test_bitsandbytes(kind, dtype, tolerance, dropout, bias):
-    x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
-    # PEFT cannot call an 8-bit layer on the CPU twice: each has its own.
-    expected = run(quantised_layer(kind, dtype, dropout, bias), x)
-    layer = quantised_layer(kind, dtype, dropout, bias)
-    with integration.enabled():
-        for _ in range(2):
-            before = forwards.calls["fused"]
-            assert_same(run(layer, x), expected, tolerance)
-            fused = kind == "4 bits" or not dropout
-            assert forwards.calls["fused"] == before + fused
-        if fused:
-            assert layer.lora_magnitude_vector["default"].norm_cache.computed == 1
-
-
-def test_a_4_bit_weight_is_not_kept_dense_for_backward():
-    layer = quantised_layer("4 bits", torch.float32, 0.0)
-    kept = []
-    with (
-        integration.enabled(),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t),
-    ):
-        layer(torch.randn(5, 64))
-    assert kept and torch.Size([32, 64]) not in kept
-
-
-@pytest.mark.parametrize("kind", ["linear", "linear without bias", "4 bits", "8 bits"])
-def test_an_activation_that_overwrites_the_output(kind):
-    """Layers keep their output for the magnitude's gradient, unless it is gone."""
-    make = (lambda: quantised_layer(kind, torch.float32, 0.0)) if "bits" in kind else (lambda: peft_layer(base))
-    base = None if "bits" in kind else make_base(kind)
-    x = torch.randn(5, 64 if "bits" in kind else 12)
-    expected = run(nn.Sequential(make(), nn.ReLU()), x)
-    with integration.enabled():
-        assert_same(run(nn.Sequential(make(), nn.ReLU(inplace=True)), x), expected, 1e-5)
-
-
-@pytest.mark.parametrize("shape", [(12,), (0, 12), (2, 0, 3, 12), (2, 1, 3, 12)], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_shapes_of_inputs(shape, dropout):
-    layer, x = peft_layer(nn.Linear(12, 10), dropout=dropout), torch.randn(shape, requires_grad=True)
-    torch.manual_seed(0)
-    expected = layer(x)
-    with integration.enabled():
-        torch.manual_seed(0)
-        y = layer(x)
-    assert y.shape == (*shape[:-1], 10)
-    assert_close(y, expected.reshape(y.shape), 1e-5)  # PEFT makes a vector a matrix of one row
-    y.sum().backward()
-    assert x.grad.shape == x.shape
-
-
-def test_an_adapter_that_does_nothing_yet_changes_nothing():
-    """As in PEFT: not a bit."""
-    for base in (nn.Linear(100, 50), make_base("gpt2 conv1d")):
-        config = peft.LoraConfig(
-            use_dora=True, target_modules=["layer"], fan_in_fan_out=not isinstance(base, nn.Linear)
-        )
-        x = torch.randn(7, 100 if isinstance(base, nn.Linear) else 12)
-        expected = base(x)
-        with integration.enabled(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = peft.get_peft_model(nn.Sequential(OrderedDict(layer=base)), config)
-            assert torch.equal(model(x), expected)
