@@ -142,6 +142,8 @@ def test_merging(safe):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_merging_a_feature_whose_weights_are_all_zero(name, safe):
     """PEFT's result is NaN there, merged or not; ours is the bias, and merging and unmerging change nothing."""
+    if name == "gpt2 conv1d" and peft.__version__ < "0.21":
+        pytest.skip("PEFT before 0.21 unmerges Conv1D wrongly")
     with integration.enabled():
         base = make_base(name)
         column = name in ("gpt2 conv1d", "embedding")
