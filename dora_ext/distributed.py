@@ -43,7 +43,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def whole(t: Tensor) -> Tensor:
     """All of a DTensor, which FSDP2 leaves on each rank in part; any other tensor as it is. Every rank must call it."""
-    return t.full_tensor() if is_sharded(t) else t
+    # With CPUOffloadPolicy the part is on the host, where NCCL cannot collect it.
+    return t.to(t.device_mesh.device_type).full_tensor() if is_sharded(t) else t
 
 
 def whole_shape(t: Tensor) -> tuple[int, ...]:
