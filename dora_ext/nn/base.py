@@ -155,8 +155,8 @@ class DoraBase(nn.Module):
         """n and g (out,) of W, A, B, m, as the forward has them at hand."""
         if any(map(is_sharded, tensors)):
             raise RuntimeError(
-                f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, not "
-                "on its base_layer alone, whose forward it never calls"
+                f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, "
+                "not on its base_layer alone, whose forward it never calls"
             )
         # A dequantised weight is another tensor each time: nothing to remember it by.
         cache = None if self.quantised else self.norm_cache
