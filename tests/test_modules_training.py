@@ -182,7 +182,6 @@ def test_shapes_are_worked_out_on_the_meta_device(name):
     assert all(p.grad.shape == p.shape for p in meta.parameters() if p.requires_grad)
 
 
-
 @pytest.fixture
 def one_rank():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
