@@ -99,6 +99,10 @@ CHANGES = {
         lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity()),
         "not a plain floating-point tensor",
     ),
+    "parametrized bias": (
+        lambda layer: parametrize.register_parametrization(layer.base_layer, "bias", nn.Identity()),
+        "not a plain floating-point tensor",
+    ),
     "another dropout": (
         lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.3)}), "a dropout that is not"
     ),
@@ -115,8 +119,7 @@ def test_what_cannot_be_one_call(change):
     assert reason in path_of(layer).reason
     if change == "wrong layout":
         layer.lora_magnitude_vector["default"].fan_in_fan_out = True
-    if change == "parametrized base":
-        layer.base_layer.parametrizations.weight.original.requires_grad_(False)
+    layer.base_layer.requires_grad_(change == "trained base")
     same_as_peft(layer, torch.randn(3, 5, 12), "delta")
 
 

@@ -210,3 +210,13 @@ def test_an_adapter_that_does_nothing_yet_changes_nothing():
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(nn.Sequential(OrderedDict(layer=base)), config)
             assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_inference_mode(name):
+    layer, x = peft_layer(make_base(name)).eval(), make_input(name)
+    with torch.inference_mode():
+        expected = layer(x)
+        with integration.enabled():
+            for _ in range(2):
+                assert_close(layer(x), expected, 1e-5)

@@ -39,7 +39,7 @@ _SEVERAL = Path(DELTA, "several active adapters")
 _BASE_KIND = Path(DELTA, "a base layer of a class with its own forward")
 _BASE_HOOKS = Path(DELTA, "the base layer has hooks or a forward of its own")
 _GLOBAL_HOOKS = Path(DELTA, "hooks on all modules are registered")
-_BASE_WEIGHT = Path(DELTA, "the base weight is not a plain floating-point tensor")
+_BASE_WEIGHT = Path(DELTA, "the base weight or bias is not a plain floating-point tensor")
 _BASE_GRAD = Path(DELTA, "the base weight is trained too")
 _BASE_STATE = Path(DELTA, "the quantised base weight is not in the state that our call reads")
 _LAYOUT = Path(DELTA, "fan_in_fan_out does not say how the base layer keeps its weight")
@@ -134,7 +134,7 @@ def path_of(layer: nn.Module) -> Path:
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return _GLOBAL_HOOKS
     weight = base._parameters.get("weight")
-    if weight is None:
+    if weight is None or (kind != EMBEDDING and "bias" not in base._parameters):
         return _BASE_WEIGHT
     if kind in (FOUR_BIT, EIGHT_BIT):
         if not _quantised_readable(base, weight, kind):
