@@ -14,7 +14,7 @@ from ...nn.conv import convolve
 from ...ops import dora_conv, dora_embedding, dora_linear, norm_and_gain
 from ...ops._registry import autocast_dtype
 from .paths import CONV, EIGHT_BIT, EMBEDDING, FOUR_BIT, FUSED, LINEAR, TRANSPOSED, active_adapters, path_of
-from .products import linear_with_bias, quantised_linear
+from .products import quantised_linear
 
 calls = {FUSED: 0}
 """How many layer calls took the fused path in eager mode since the import; for tests and curious users."""
@@ -74,8 +74,7 @@ def _linear(layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False)
     norm, gain = norm_and_gain(weight, A, B, m, scaling=scaling, transposed=transposed, cache=dora.norm_cache)
     dropped = _dropped(layer, adapter, x)
     options = {"scaling": scaling, "transposed": transposed, "norm": norm, "gain": gain}
-    bias_inside = bias is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    y = (linear_with_bias if bias_inside else dora_linear)(dropped, weight, A, B, m, bias, **options)
+    y = dora_linear(dropped, weight, A, B, m, bias, **options)
     return y if dropped is x else add_product(y, x - dropped, weight if transposed else weight.T)
 
 

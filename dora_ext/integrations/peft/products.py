@@ -1,23 +1,20 @@
-"""Base products that are not ours, with gain and adapter in one pass over them; and weights that stay packed.
+"""Bitsandbytes' layers: base products that are not ours, with gain and adapter in one pass over them; packed weights.
 
 Linear4bit: the norm comes from the packed weight (NF4), which is dequantised for the product and again in backward.
 Linear8bitLt: the base product is bitsandbytes' own (it quantises the input, too); the gradient of x goes through the
 dequantised weight, as bitsandbytes' does.
-Linear on the CPU: the bias goes into the product, as in the base layer, so that an adapter that does nothing yet
-changes not a bit of the output. On CUDA the call that adds it later is one launch.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...nn.base_weight import dense_weight, packed_weight
 from ...norm_cache import NormCache
 from ...ops import dora_linear, dora_linear_nf4, norm_and_gain
-from ...ops._registry import autocast_dtype, without_autocast
+from ...ops._registry import without_autocast
 from ...ops.linear import _saved_tensors as saved_tensors
 
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16  # bits of linear_backward's mask
@@ -25,15 +22,12 @@ _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16  # bits of linear_backward's mask
 
 class _OverProduct(torch.autograd.Function):
     """y = g * (x W^T + s (x A^T) B^T) + bias, with `product(x)` = x W^T + bias (..., out), a new tensor; or None:
-    then it is made of `weight`, W as a dense tensor. `base`: the layer that backward unpacks W from, so that the
-    dense one is not kept; None where there is nothing to unpack."""
+    then it is made of `dense`, W unpacked. Backward unpacks W from `base` again, so that the dense one is not kept."""
 
     @staticmethod
-    def forward(ctx, x, A, B, m, bias, weight, base, product, norm, gain, scaling, transposed):
+    def forward(ctx, x, A, B, m, bias, dense, base, product, norm, gain, scaling):
         if product is None:
-            y, h, *_ = torch.ops.dora_ext.linear_forward.default(
-                x, weight, A, B, m, bias, norm, gain, scaling, transposed
-            )
+            y, h, *_ = torch.ops.dora_ext.linear_forward.default(x, dense, A, B, m, bias, norm, gain, scaling, False)
         else:
             y, h = product(x), x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T
             # g * (x W^T + bias) + (1 - g) * bias
@@ -41,8 +35,8 @@ class _OverProduct(torch.autograd.Function):
             torch.ops.dora_ext.compose_.default(y.view(-1, y.shape[-1]), h, B, gain, rest, scaling, False, False)
         needs = ctx.needs_input_grad
         ctx.mask = sum(bit for bit, i in ((_X, 0), (_A, 1), (_B, 2), (_MAGNITUDE, 3), (_BIAS, 4)) if needs[i])
-        ctx.base, ctx.scaling, ctx.transposed = base, scaling, transposed
-        inputs = (x, h, A, B, m, bias, norm, gain, weight if base is None else None)
+        ctx.base, ctx.scaling = base, scaling
+        inputs = (x, h, A, B, m, bias, norm, gain)
         ctx.save_for_backward(*inputs, y if needs[3] else None)
         ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
         return y
@@ -50,27 +44,11 @@ class _OverProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, h, A, B, m, bias, norm, gain, weight, y = saved_tensors(ctx)
-        weight = dense_weight(ctx.base).to(x.dtype) if weight is None else weight
+        x, h, A, B, m, bias, norm, gain, y = saved_tensors(ctx)
         grads = torch.ops.dora_ext.linear_backward.default(
-            grad_y, y, x, h, weight, A, B, m, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
+            grad_y, y, x, h, dense_weight(ctx.base).to(x.dtype), A, B, m, bias, norm, gain, ctx.scaling, False, ctx.mask
         )
-        return *(g if ctx.mask >> i & 1 else None for i, g in enumerate(grads)), *([None] * 7)
-
-
-def linear_with_bias(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, m: Tensor, bias: Tensor, *, scaling: float, transposed: bool,
-    norm: Tensor, gain: Tensor,
-) -> Tensor:  # fmt: skip
-    """dora_linear with the bias inside the base product. Shapes and dtypes are dora_linear's."""
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-
-    def product(x: Tensor) -> Tensor:
-        return F.linear(x, weight.T if transposed else weight, bias.to(x.dtype))
-
-    return _OverProduct.apply(x, A, B, m, bias, weight, None, product, norm, gain, float(scaling), transposed)
+        return *(g if ctx.mask >> i & 1 else None for i, g in enumerate(grads)), *([None] * 6)
 
 
 def quantised_linear(
@@ -99,7 +77,7 @@ def quantised_linear(
             y = dora_linear(inputs, dense, A, B, m, base.bias, scaling=scaling, norm=norm, gain=gain)
         else:
             product = None if four_bit else base.forward  # bitsandbytes' product of 8-bit numbers
-            y = _OverProduct.apply(inputs, A, B, m, base.bias, dense, base, product, norm, gain, float(scaling), False)
+            y = _OverProduct.apply(inputs, A, B, m, base.bias, dense, base, product, norm, gain, float(scaling))
         if dropped is not x:  # what dropout took away still goes through the base layer
             import bitsandbytes
 
