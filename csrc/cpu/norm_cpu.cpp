@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "faces.h"
-#include "fingerprint.h"
 #include "norm_rows.h"
 
 namespace dora_ext::cpu {
@@ -82,14 +81,8 @@ std::tuple<Tensor, Tensor> norm_cached(const Tensor& weight, const Tensor& lora_
   now.add(lora_A);
   now.add(lora_B);
   now.add_sample(weight);
-  int64_t* stored = data<int64_t>(fingerprint);
-  if (stored[0] != now.value()) {
-    norm_into(cached, weight, lora_A, lora_B, scaling, transposed);
-    stored[0] = now.value();
-    ++stored[3];
-  }
-  const Tensor n = cached.clone();
-  return {n, gain_of(magnitude, n)};
+  return recall(now, magnitude, cached, fingerprint,
+                [&] { norm_into(cached, weight, lora_A, lora_B, scaling, transposed); });
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "faces.h"
-#include "fingerprint.h"
 #include "nf4_weight.h"
 #include "norm_rows.h"
 
@@ -70,15 +69,10 @@ std::tuple<Tensor, Tensor> norm_nf4_cached(const Tensor& packed, const Tensor& a
   for (const OptionalTensor& t : {nested_absmax, nested_code, offset})
     if (t) now.add(*t);
   now.add_sample(byte_rows(packed, shape[0]));
-  int64_t* stored = data<int64_t>(fingerprint);
-  if (stored[0] != now.value()) {
+  return recall(now, magnitude, cached, fingerprint, [&] {
     const Nf4Weight weight(packed, absmax, blocksize, nested_absmax, nested_code, offset, nested_blocksize);
     norm_into(cached, weight, dtype, lora_A, lora_B, scaling);
-    stored[0] = now.value();
-    ++stored[3];
-  }
-  const Tensor n = cached.clone();
-  return {n, gain_of(magnitude, n)};
+  });
 }
 
 }  // namespace
