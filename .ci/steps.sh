@@ -37,6 +37,12 @@ print(*('-isystem ' + p for p in [*include_paths(), sysconfig.get_path('include'
 # PEFT's own tests of DoRA give the same outcomes on our kernels.
 step_peft() { make_ours peft-test; }
 
+# A few steps of the README's first command, with nothing there but what it installs by itself.
+step_demo() {
+  make VENV="$WORK/demo" TORCH="$CPU_TORCH" PYTHON="$PYTHON" demo ARGS=--quick
+  test -s demo-output/training.png -a -s demo-output/adapter_model.safetensors
+}
+
 # Source archive -> wheel -> an environment with torch alone; then without the wheel's kernels, just in time.
 step_wheel() {
   new_venv "$WORK/empty" "$CPU_TORCH" numpy
