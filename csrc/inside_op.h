@@ -1,7 +1,8 @@
-// For ops that are composed of library products.
+// For ops that are composed of library products and of other ops.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -13,5 +14,11 @@ struct InsideOp {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard below_autocast{c10::autocast_dispatch_keyset};
 };
+
+// One of our own ops, through the dispatcher; look it up once: `static auto op = find_op<...>(...)`.
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 }  // namespace dora_ext

@@ -1,7 +1,6 @@
 // DoRA's linear layer, whole, composed of library products (aten::mm) and of our own ops; registered once for all
 // backends. Symbols as in ops.cpp; tokens are the leading dimensions of x, flattened.
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -15,11 +14,6 @@
 
 namespace dora_ext {
 namespace {
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 std::tuple<Tensor, Tensor> norm_op(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                    const Tensor& magnitude, double scaling, bool transposed) {

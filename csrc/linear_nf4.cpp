@@ -1,7 +1,6 @@
 // DoRA's linear layer over a W packed in NF4: unpacked once in each direction, and gone when the op returns. The rest
 // is linear.cpp's. Registered once for all backends; one that multiplies packed weights itself takes its place.
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -15,11 +14,6 @@
 
 namespace dora_ext {
 namespace {
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // W (out, in) in `to`: the values that it has in `dtype`, cast.
 Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10::SymIntArrayRef shape,
