@@ -12,7 +12,6 @@ In the second case W' = (W + s B A) * m / |W + s B A| with the norm of each colu
 decomposition than DoRA's, which the layers here cannot train: it is folded into the weight, for inference only.
 """
 
-import copy
 import math
 import os
 import re
@@ -28,9 +27,9 @@ from .distributed import copy_whole, gathered
 from .files import AdapterError, read_safetensors, refuse
 from .injection import dora_class, dora_layers, flags_kept_on_error, folded_layers, place, unwrapped
 from .nn import DoraBase
-from .nn.base_weight import dense_weight
+from .nn.base_weight import copy_with_weight, dense_weight
 from .nn.folded import FoldedLayer
-from .ops._registry import accumulate_dtype
+from .ops._registry import accumulate_dtype, without_autocast
 
 _DOWN, _UP, _ALPHA, _SCALE = _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
 _OTHER_KINDS = {
@@ -242,12 +241,10 @@ def _wrong_shape(name: str, part: str, tensors: dict[str, Tensor], shape: tuple[
 def _fold(base: nn.Module, entry: _Entry) -> FoldedLayer:
     """(W + s B A) * m / n, n the norm for each input (channel) over outputs and kernel; 0 where n is."""
     weight, dtype = base.weight, accumulate_dtype(base.weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         lora_A, lora_B, magnitude = (t.to(weight.device, dtype) for t in entry.factors)
         delta = (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(weight)
         effective = weight.to(dtype) + entry.alpha / entry.r * delta
         norm = effective.transpose(0, 1).flatten(1).norm(dim=1).view_as(magnitude)
         folded = nn.Parameter((effective * (magnitude / norm.masked_fill(norm == 0, math.inf))).to(weight.dtype))
-    # deepcopy takes what it finds in its memo for copied already: all but the weight is copied.
-    plain = copy.deepcopy(base, {id(weight): folded})
-    return FoldedLayer(base.requires_grad_(False), plain)
+    return FoldedLayer(base.requires_grad_(False), copy_with_weight(base, folded))

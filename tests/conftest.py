@@ -72,3 +72,13 @@ def bnb():
     module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: nothing to compare bits with")
     with torch.compiler.set_stance("force_eager"):
         yield module
+
+
+@pytest.fixture
+def peft_switched_off():
+    """PEFT's own code before the test and after it, whatever the test switches."""
+    import dora_ext.integrations.peft as integration
+
+    integration.disable()
+    yield
+    integration.disable()

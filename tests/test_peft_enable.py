@@ -16,14 +16,7 @@ from dora_ext.testing import assert_close
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def off():
-    integration.disable()
-    yield
-    integration.disable()
+pytestmark = [pytest.mark.usefixtures("peft_switched_off"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 def test_enable_and_disable_put_the_very_same_functions_back():

@@ -9,14 +9,7 @@ import dora_ext.integrations.peft as integration
 from dora_ext.integrations.peft import forwards
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def off():
-    integration.disable()
-    yield
-    integration.disable()
+pytestmark = [pytest.mark.usefixtures("peft_switched_off"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.mark.parametrize("bias", [True, False])

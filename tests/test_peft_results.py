@@ -13,14 +13,7 @@ import dora_ext.integrations.peft as integration
 from dora_ext.testing import assert_close
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def off():
-    integration.disable()
-    yield
-    integration.disable()
+pytestmark = [pytest.mark.usefixtures("peft_switched_off"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.4}, {"use_rslora": True}], ids=str)

@@ -23,7 +23,7 @@ from ..injection import unwrapped
 from ..nn import DoraBase
 from ..nn.base_weight import dense_weight
 from ..ops import norm_and_gain, weight_norm
-from ..ops._registry import accumulate_dtype
+from ..ops._registry import accumulate_dtype, without_autocast
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def _parts(module: nn.Module, adapter: str) -> tuple[Tensor, Tensor, Tensor, Ten
         factors = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     else:
         factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    weight = whole(dense_weight(module.base_layer))
+    weight = dense_weight(module.base_layer)
     tensors = (whole(t).to(weight.device) for t in (*factors, module.lora_magnitude_vector[adapter].weight))
     return weight, *tensors, float(module.scaling[adapter]), embedding or getattr(module, "fan_in_fan_out", False)
 
 
 def _numbers(weight, lora_A, lora_B, magnitude, scaling, transposed, gradient) -> Tensor:
     """What `_from_row` reads, float64, on the weight's device: no waiting for it here."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         options = {"scaling": scaling, "transposed": transposed}
         norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, **options)
         # The same kernel that gave m its start: until something is trained, the change is 0 to the last bit.

@@ -13,7 +13,8 @@ from ..analysis import MagnitudeHistory, by_kind
 class DoraCallback(TrainerCallback):
     """Records `dora_ext.analysis` of the model when training begins and after every `every`-th step.
 
-    trainer = Trainer(..., callbacks=[DoraCallback(every=100)])
+    callback = DoraCallback(every=100)
+    trainer = Trainer(..., callbacks=[callback])
     trainer.train()
     callback.history.plot("magnitudes.png")
 

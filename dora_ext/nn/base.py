@@ -4,7 +4,6 @@ A layer computes y = g * (x (W + s B A)^T) + bias with g = m / |W + s B A| (DoRA
 norm is a constant of the backward pass (section 4.3). W and the bias are frozen; A, B and m are trained.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..distributed import copy_whole, gathered, is_sharded, whole
 from ..norm_cache import NormCache
 from ..ops import norm_and_gain
 from ..ops._registry import accumulate_dtype, without_autocast
-from .base_weight import FLOAT_DTYPES, dense_weight
+from .base_weight import FLOAT_DTYPES, copy_with_weight, dense_weight
 
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
 
@@ -194,8 +193,7 @@ class DoraBase(nn.Module):
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.to_base: the layer is merged: call unmerge() first")
         weight = nn.Parameter(self._merged(), requires_grad=False)
-        # deepcopy takes what it finds in its memo for copied already: all but the weight is copied.
-        return copy.deepcopy(self.base_layer, {id(self.base_layer.weight): weight})
+        return copy_with_weight(self.base_layer, weight)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if self.merged:

@@ -1,10 +1,11 @@
 """Base layers' weights as the kernels want them: dense, floating point, and all here."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from ..distributed import gathered as gathered
-from ..distributed import whole as whole
+from ..distributed import whole
 from ..ops.nf4 import NF4Tensor, dequantize_nf4
 from ..ops.nf4_bitsandbytes import from_bitsandbytes, restored_order
 from .nf4_linear import NF4Linear
@@ -36,6 +37,16 @@ def dense_weight(layer: nn.Module) -> Tensor:
         scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
     return weight
+
+
+def dense_in(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    return dense_weight(layer).to(dtype)
+
+
+def copy_with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of `layer` that shares nothing with it and has `weight`, which it takes as it is."""
+    # deepcopy takes what it finds in its memo for copied already: all but the weight is copied.
+    return copy.deepcopy(layer, {id(layer.weight): weight})
 
 
 def packed_weight(layer: nn.Module) -> NF4Tensor | None:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import gathered
 from ..norm_cache import NormCache
 from ..ops import dora_delta, norm_and_gain, norm_and_gain_nf4, weight_norm
-from ..ops._registry import accumulate_dtype
+from ..ops._registry import accumulate_dtype, autocast_dtype, without_autocast
 from ..ops.norm_nf4 import has_norm_nf4
-from .base_weight import FLOAT_DTYPES, dense_weight, gathered, packed_weight
+from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
 from .conv import convolve, delta_weight, dense_kernel
 from .factors import are_plain, matrix_of
 
@@ -154,7 +155,7 @@ class DoraLinearLayer(nn.Module):
         """n (out,) in plain PyTorch: for a scaling that is a tensor (peft.utils.hotswap), which to read as a number
         would wait for the device, and for weights in dtypes (float8) that the kernels don't take."""
         weight = weight if weight.dtype in FLOAT_DTYPES else weight.to(A.dtype)
-        with torch.autocast(A.device.type, enabled=False):
+        with without_autocast(A.device):
             if weight.dim() == 2:
                 return self._dense_norm(weight, B @ A, scaling)
             weight = dense_kernel(weight, A.shape[1] // weight.shape[1])
@@ -208,8 +209,9 @@ def _product_dtype(x: Tensor, weight: Tensor, base_result: Tensor | None) -> tor
     """PEFT casts x to the adapter's float32 over a half-precision base; the products stay in the base's dtype here."""
     if base_result is not None:
         return base_result.dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    chosen = autocast_dtype(x)
+    if chosen is not None:
+        return chosen
     half = (torch.bfloat16, torch.float16)
     return weight.dtype if x.dtype == torch.float32 and weight.dtype in half else x.dtype
 

@@ -12,9 +12,10 @@ from torch.nn.utils import skip_init
 from ..distributed import gathered, whole
 from ..ops import dora_linear, dora_linear_nf4, norm_and_gain, norm_and_gain_nf4
 from ..ops._registry import autocast_dtype, without_autocast
+from ..ops.linear import add_product
 from ..ops.linear_nf4 import linear_unpacked
 from .base import ADAPTER, DoraBase
-from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
+from .base_weight import FLOAT_DTYPES, dense_in, dense_weight, packed_weight
 from .nf4_linear import NF4Linear, requantised_like
 
 
@@ -171,10 +172,7 @@ class DoraLinear(DoraBase):
             return dora_linear(x, weight, *adapter, self.bias, **options)
         dropped = F.dropout(x, self.dropout)
         y = dora_linear(dropped, weight, *adapter, self.bias, **options)
-        # What dropout took away still goes through the base layer, added inside the product: one rounding less.
-        rest = (x - dropped).reshape(-1, self.in_features)
-        weight_t = weight if self.transposed else weight.T
-        return torch.addmm(y.reshape(-1, self.out_features), rest, weight_t).view_as(y)
+        return add_product(y, x - dropped, weight if self.transposed else weight.T)
 
     def _quantised_forward(self, x: Tensor) -> Tensor:
         packed = packed_weight(self.base_layer)
@@ -195,7 +193,7 @@ class DoraLinear(DoraBase):
                 )  # fmt: skip
             else:
                 norm, gain = norm_and_gain(dense, *adapter, scaling=s)
-                again = partial(_dense_in, self.base_layer, dtype)
+                again = partial(dense_in, self.base_layer, dtype)
                 y = linear_unpacked(
                     dropped, dense.to(dtype), again, adapter, self.bias, norm, gain, scaling=s, rest=rest
                 )
@@ -235,7 +233,3 @@ class DoraLinear(DoraBase):
         if self.bias is not None:
             plain.bias.copy_(self.bias)
         return plain
-
-
-def _dense_in(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    return dense_weight(layer).to(dtype)

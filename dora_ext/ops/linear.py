@@ -74,6 +74,12 @@ def _saved_tensors(ctx) -> tuple:
         return (*values, None)
 
 
+def add_product(y: Tensor, rest: Tensor, weight_t: Tensor) -> Tensor:
+    """y (..., out) + rest (..., in) weight_t (in, out): what dropout took away still goes through the base layer, added
+    inside the product, which is one rounding less."""
+    return torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), weight_t).view(y.shape)
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .._load import require
 from ..norm_cache import NormCache
 from ._registry import autocast_dtype, fake, without_autocast
-from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, _saved_tensors
+from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, _saved_tensors, add_product
 from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
 
@@ -70,13 +70,17 @@ class _DoraLinearPacked(torch.autograd.Function):
         return None, None, dx, grad_rest, dA, dB, dm, db, None, None, None, *([None] * len(stored))
 
 
-def _forward_unpacked(dense, x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling):
-    op = torch.ops.dora_ext.linear_forward.default
-    y, h, *_ = op(x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False)
-    if rest is None:
-        return y, h, None
-    total = torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), dense.T)
-    return y, h, total.view(y.shape)
+def _forward_unpacked(dense, product, x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling):
+    if product is None:
+        op = torch.ops.dora_ext.linear_forward.default
+        y, h, *_ = op(x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False)
+    else:
+        y, h = product(x), x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).T
+        # g * (x W^T + bias) + (1 - g) * bias
+        remaining = None if bias is None else (1 - gain) * bias
+        op = torch.ops.dora_ext.compose_.default
+        op(y.view(-1, y.shape[-1]), h, lora_B, gain, remaining, scaling, False, False)
+    return y, h, None if rest is None else add_product(y, rest, dense.T)
 
 
 def _backward_unpacked(unpack, grad_y, y, x, h, stored, A, B, m, bias, norm, gain, scaling, mask):
@@ -90,11 +94,13 @@ def _backward_unpacked(unpack, grad_y, y, x, h, stored, A, B, m, bias, norm, gai
 def linear_unpacked(
     x: Tensor, dense: Tensor, unpack: Callable[[], Tensor], adapter: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None, norm: Tensor, gain: Tensor, *, scaling: float, rest: Tensor | None,
+    product: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """dora_linear, and rest W^T, for any packed format: `dense` is W (out, in) in x's dtype, which `unpack()` makes
-    again in backward. adapter = (A, B, m)."""
+    again in backward. adapter = (A, B, m). product(x) = x W^T + bias (..., out), a new tensor, where the packed
+    format's own product is to be used."""
     require()
-    run = partial(_forward_unpacked, dense), partial(_backward_unpacked, unpack)
+    run = partial(_forward_unpacked, dense, product), partial(_backward_unpacked, unpack)
     with without_autocast(x.device):  # the caller has chosen the dtype
         return _DoraLinearPacked.apply(*run, x, rest, *adapter, bias, norm, gain, float(scaling))
 

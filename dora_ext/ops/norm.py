@@ -48,10 +48,12 @@ def norm_and_gain(
     scaling: float,
     transposed: bool = False,
     cache: NormCache | None = None,
+    stored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n (out,) as `weight_norm`, and g = magnitude / n, 0 where n = 0. `cache` reuses n while nothing changed.
 
-    magnitude holds `out` numbers in any shape. Neither result carries a gradient.
+    stored: what the cache is to know the weight by, where the weight is unpacked from it anew each time. magnitude
+    holds `out` numbers in any shape. Neither result carries a gradient.
     """
     require()
     with torch.no_grad():
@@ -64,9 +66,10 @@ def norm_and_gain(
             w, a, b = (weight, lora_A, lora_B) if weight.dim() <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
             return op(w, a, b, magnitude.flatten(), scaling, transposed, *state)
 
-        if cache is None or not cache.usable(weight):
+        stored = weight if stored is None else stored
+        if cache is None or not cache.usable(stored):
             return compute(torch.ops.dora_ext.norm.default)
-        return cache.get((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0], compute)
+        return cache.get((stored, lora_A, lora_B), (scaling, transposed), lora_B.shape[0], compute)
 
 
 def _conv_as_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

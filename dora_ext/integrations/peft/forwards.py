@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...nn.conv import convolve
 from ...ops import dora_conv, dora_embedding, dora_linear, norm_and_gain
 from ...ops._registry import autocast_dtype
+from ...ops.linear import add_product
 from .paths import CONV, EIGHT_BIT, EMBEDDING, FOUR_BIT, FUSED, LINEAR, TRANSPOSED, active_adapters, path_of
 from .products import quantised_linear
 
@@ -63,28 +64,31 @@ def _dropped(layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
     return x if not layer.training or type(dropout) is nn.Identity else dropout(x)
 
 
-def _linear(layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False) -> Tensor | None:
-    base = layer._modules["base_layer"]
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+def _operands(
+    layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False
+) -> tuple[tuple[Tensor, ...], dict] | None:
+    """(W, A, B, m) over a dense W, and scaling, norm and gain; None if x is not for us."""
+    weight = layer._modules["base_layer"]._parameters["weight"]
     if not _takes(x, weight):
         return None
     dora, m = _magnitude(layer, adapter)
-    A, B = _factors(layer, adapter)
-    scaling = layer.scaling[adapter]
-    norm, gain = norm_and_gain(weight, A, B, m, scaling=scaling, transposed=transposed, cache=dora.norm_cache)
-    dropped = _dropped(layer, adapter, x)
-    options = {"scaling": scaling, "transposed": transposed, "norm": norm, "gain": gain}
-    y = dora_linear(dropped, weight, A, B, m, bias, **options)
-    return y if dropped is x else add_product(y, x - dropped, weight if transposed else weight.T)
+    tensors, scaling = (weight, *_factors(layer, adapter), m), layer.scaling[adapter]
+    norm, gain = norm_and_gain(*tensors, scaling=scaling, transposed=transposed, cache=dora.norm_cache)
+    return tensors, {"scaling": scaling, "norm": norm, "gain": gain}
+
+
+def _linear(layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False) -> Tensor | None:
+    operands = _operands(layer, adapter, x, transposed)
+    if operands is None:
+        return None
+    tensors, options = operands
+    dropped, bias = _dropped(layer, adapter, x), layer._modules["base_layer"]._parameters["bias"]
+    y = dora_linear(dropped, *tensors, bias, transposed=transposed, **options)
+    return y if dropped is x else add_product(y, x - dropped, tensors[0] if transposed else tensors[0].T)
 
 
 def _transposed(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
     return _linear(layer, adapter, x, transposed=True)
-
-
-def add_product(y: Tensor, rest: Tensor, weight_t: Tensor) -> Tensor:
-    """y + rest weight_t: what dropout took away still goes through the base layer, added inside the product."""
-    return torch.addmm(y.reshape(-1, y.shape[-1]), rest.reshape(-1, rest.shape[-1]), weight_t).view(y.shape)
 
 
 def _quantised(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
@@ -100,21 +104,17 @@ def _quantised(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
 
 
 def _conv(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
-    base = layer._modules["base_layer"]
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if not _takes(x, weight):
+    operands = _operands(layer, adapter, x)
+    if operands is None:
         return None
-    dora, m = _magnitude(layer, adapter)
-    A, B = _factors(layer, adapter)
-    scaling = layer.scaling[adapter]
-    norm, gain = norm_and_gain(weight, A, B, m, scaling=scaling, cache=dora.norm_cache)
-    dropped = _dropped(layer, adapter, x)
+    tensors, options = operands
+    base, dropped = layer._modules["base_layer"], _dropped(layer, adapter, x)
+    bias = base._parameters["bias"]
     y = dora_conv(
-        dropped, weight, A, B, m, bias if dropped is x else None, scaling=scaling, stride=base.stride,
-        padding=base.padding, dilation=base.dilation, groups=base.groups, padding_mode=base.padding_mode,
-        norm=norm, gain=gain,
+        dropped, *tensors, bias if dropped is x else None, stride=base.stride, padding=base.padding,
+        dilation=base.dilation, groups=base.groups, padding_mode=base.padding_mode, **options,
     )  # fmt: skip
-    return y if dropped is x else y + convolve(base, x - dropped, weight, bias, base.groups)
+    return y if dropped is x else y + convolve(base, x - dropped, tensors[0], bias, base.groups)
 
 
 def _embedding(layer: nn.Module, adapter: str, ids: Tensor) -> Tensor | None:

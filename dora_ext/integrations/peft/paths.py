@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 
 from ...nn.base_weight import FLOAT_DTYPES
+from ...nn.factors import hooked
 from ...nn.layers import caching_enabled
 
 FUSED, DELTA, PEFT = "fused", "delta", "peft"
@@ -97,12 +98,6 @@ def active_adapters(layer: nn.Module) -> list[str]:
     return [name for name in active if name in scalings]
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _plain(t) -> bool:
     return type(t) in (nn.Parameter, Tensor) and t.dtype in FLOAT_DTYPES
 
@@ -129,7 +124,7 @@ def path_of(layer: nn.Module) -> Path:
     kind = _kind_of(type(base))
     if kind is None:
         return _BASE_KIND
-    if _hooked(base) or "forward" in base.__dict__:
+    if hooked(base) or "forward" in base.__dict__:
         return _BASE_HOOKS
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         return _GLOBAL_HOOKS
@@ -155,7 +150,7 @@ def path_of(layer: nn.Module) -> Path:
             return _LAYOUT
         part_A, part_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
         types = _CONVS if kind == CONV else (nn.Linear,)
-        if type(part_A) not in types or type(part_B) not in types or _hooked(part_A) or _hooked(part_B):
+        if type(part_A) not in types or type(part_B) not in types or hooked(part_A) or hooked(part_B):
             return _FACTORS
         if part_A._parameters["bias"] is not None or part_B._parameters["bias"] is not None:
             return _LORA_BIAS
@@ -169,7 +164,7 @@ def path_of(layer: nn.Module) -> Path:
         return _FACTORS
     dora = modules["lora_magnitude_vector"]._modules[name]
     magnitude = dora._parameters.get("weight")
-    if not _plain(magnitude) or _hooked(dora):
+    if not _plain(magnitude) or hooked(dora):
         return _MAGNITUDE
     device = weight.device
     if A.device != device or B.device != device or magnitude.device != device:
