@@ -34,6 +34,7 @@ struct Nf4Scales {
   const float* code;           // (256,)
   const float* offset;         // (1,), null: 0
   int nested_shift;
+  int64_t first_block = 0;  // that packed weights begin with, where they are part of a tensor
 };
 
 // log2 of a power of two.

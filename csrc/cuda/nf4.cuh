@@ -59,6 +59,7 @@ __host__ __device__ constexpr int code_bit(int k) {
 // offset: what nested_offset returned; loaded once per thread.
 template <bool Nested>
 __device__ __forceinline__ float scale_at(const Nf4Scales& s, int64_t block, float offset) {
+  block += s.first_block;
   if constexpr (!Nested) {
     return static_cast<const float*>(s.absmax)[block];
   } else {
@@ -102,9 +103,8 @@ __device__ __forceinline__ void look_up(uint32_t word, float lane_value, float s
 
 // packed: (ceil(numel / 2),), 4-byte aligned; out: (numel,), 16-byte aligned.
 template <typename T, bool Nested>
-__global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_nf4_kernel(const uint8_t* __restrict__ packed, Nf4Scales scales, int block_shift, int64_t numel,
-                          T* __restrict__ out) {
+__device__ __forceinline__ void dequantize_block(const uint8_t* __restrict__ packed, const Nf4Scales& scales,
+                                                 int block_shift, int64_t numel, T* __restrict__ out) {
   constexpr int kWeights = kDequantizeWeights<T>, kPerStep = kDequantizeThreads * kWeights;
   const float lane_value = kNf4Device.value[threadIdx.x % 16];
   const int64_t block_start = static_cast<int64_t>(blockIdx.x) * (kPerStep * kDequantizeSteps);
@@ -147,11 +147,20 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   }
 }
 
+template <typename T, bool Nested>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    dequantize_nf4_kernel(const uint8_t* __restrict__ packed, Nf4Scales scales, int block_shift, int64_t numel,
+                          T* __restrict__ out) {
+  dequantize_block<T, Nested>(packed, scales, block_shift, numel, out);
+}
+
+template <typename T>
+constexpr int64_t kDequantizeBlock = kDequantizeThreads * kDequantizeSteps * kDequantizeWeights<T>;
+
 template <typename T>
 void launch_dequantize_nf4(const uint8_t* packed, const Nf4Scales& scales, int64_t blocksize, int64_t numel, T* out,
                            cudaStream_t stream) {
-  constexpr int64_t kPerBlock = kDequantizeThreads * kDequantizeSteps * (16 / sizeof(T));
-  const int64_t blocks = (numel + kPerBlock - 1) / kPerBlock;
+  const int64_t blocks = (numel + kDequantizeBlock<T> - 1) / kDequantizeBlock<T>;
   if (blocks == 0) return;
   const auto kernel = scales.nested_absmax ? dequantize_nf4_kernel<T, true> : dequantize_nf4_kernel<T, false>;
   kernel<<<static_cast<unsigned>(blocks), kDequantizeThreads, 0, stream>>>(packed, scales, shift_of(blocksize), numel,

@@ -9,15 +9,10 @@
 #include "../check.h"
 #include "launch.h"
 #include "nf4.cuh"
+#include "nf4_operands.h"
 
 namespace dora_ext {
 namespace {
-
-// Kernels load vectors; a view may start anywhere.
-Tensor aligned(const Tensor& t, uintptr_t bytes) {
-  const Tensor c = t.contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % bytes == 0 ? c : c.clone();
-}
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& x, int64_t blocksize) {
   check_quantize_nf4(x, blocksize);
@@ -55,17 +50,12 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocks
                       const OptionalTensor& offset, int64_t nested_blocksize) {
   check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
   const c10::cuda::CUDAGuard guard(packed.device());
-  const auto contiguous = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
-  const auto pointer = [](const Tensor& t) { return t.defined() ? data<float>(t) : nullptr; };
-  const Tensor packed_ = aligned(packed, 4), absmax_ = absmax.contiguous();
-  const Tensor nested = contiguous(nested_absmax), code = contiguous(nested_code), offset_ = contiguous(offset);
-  const Nf4Scales scales{absmax_.const_data_ptr(), pointer(nested), pointer(code), pointer(offset_),
-                         shift_of(nested_blocksize)};
-  Tensor out = at::empty(shape, packed_.options().dtype(dtype));
+  const Nf4Operands weight(packed, absmax, nested_absmax, nested_code, offset, nested_blocksize);
+  Tensor out = at::empty(shape, packed.options().dtype(dtype));
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, double>) {
-      launch_dequantize_nf4<T>(data<uint8_t>(packed_), scales, blocksize, out.numel(), mutable_data<T>(out),
+      launch_dequantize_nf4<T>(weight.bytes(), weight.scales, blocksize, out.numel(), mutable_data<T>(out),
                                current_stream());
     }
   });

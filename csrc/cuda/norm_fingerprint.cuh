@@ -19,7 +19,9 @@ __device__ __forceinline__ uint64_t mix_word(uint64_t v, uint64_t position) {
 
 template <typename T>
 __device__ __forceinline__ uint64_t bits_of(T v) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 1) {
+    return v;
+  } else if constexpr (sizeof(T) == 2) {
     return *reinterpret_cast<const unsigned short*>(&v);
   } else if constexpr (sizeof(T) == 4) {
     return *reinterpret_cast<const unsigned int*>(&v);
@@ -66,16 +68,9 @@ __device__ __forceinline__ uint64_t hash_sample(const T* v, int64_t rows, int64_
   return hash;
 }
 
-// W (rows, columns) as it lies in memory, A (rank, in), B (out, rank). Leaves in `fingerprint` (int64[4],
-// norm_common.cuh) whether the cached norms are stale; zeros at first mean that there are none.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, const T* lora_A, int64_t size_A, const T* lora_B,
-                       int64_t size_B, double scaling, unsigned long long* fingerprint) {
-  uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
-                  hash_sample(weight, rows, columns, 3ull << 60);
-  if (blockIdx.x == 0 && threadIdx.x == 0) hash += mix_word(__double_as_longlong(scaling), 4ull << 60);
-
+// Adds up what all threads have hashed. Leaves in `fingerprint` (int64[4], norm_common.cuh) whether the cached norms are
+// stale; zeros at first mean that there are none.
+__device__ __forceinline__ void settle_fingerprint(uint64_t hash, unsigned long long* fingerprint) {
   __shared__ unsigned long long block_hash;
   if (threadIdx.x == 0) block_hash = 0;
   __syncthreads();
@@ -99,14 +94,31 @@ __global__ void __launch_bounds__(256)
   fingerprint[3] += stale;
 }
 
+constexpr int kFingerprintThreads = 256;
+
+// `work`: hashed words in all.
+inline unsigned fingerprint_blocks(int64_t work, int multiprocessors) {
+  return static_cast<unsigned>(
+      std::clamp<int64_t>((work + kFingerprintThreads - 1) / kFingerprintThreads, 1, 4 * multiprocessors));
+}
+
+// W (rows, columns) as it lies in memory, A (rank, in), B (out, rank).
+template <typename T>
+__global__ void __launch_bounds__(kFingerprintThreads)
+    fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, const T* lora_A, int64_t size_A, const T* lora_B,
+                       int64_t size_B, double scaling, unsigned long long* fingerprint) {
+  uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
+                  hash_sample(weight, rows, columns, 3ull << 60);
+  if (blockIdx.x == 0 && threadIdx.x == 0) hash += mix_word(__double_as_longlong(scaling), 4ull << 60);
+  settle_fingerprint(hash, fingerprint);
+}
+
 template <typename T>
 void launch_fingerprint(const NormProblem<T>& p, bool transposed, double scaling, int64_t* fingerprint,
                         int multiprocessors, cudaStream_t stream) {
   const int64_t rows = transposed ? p.in : p.out, columns = transposed ? p.out : p.in;
   const int64_t work = std::max<int64_t>(p.rank * (p.in + p.out) * sizeof(T) / 8, 4 * (rows + columns));
-  const int threads = 256;
-  const int64_t blocks = std::clamp<int64_t>((work + threads - 1) / threads, 1, 4 * multiprocessors);
-  fingerprint_kernel<T><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
+  fingerprint_kernel<T><<<fingerprint_blocks(work, multiprocessors), kFingerprintThreads, 0, stream>>>(
       p.weight, rows, columns, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling,
       reinterpret_cast<unsigned long long*>(fingerprint));
 }
