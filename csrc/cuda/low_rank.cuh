@@ -4,8 +4,9 @@
 //                 in ->        A tile  (16 KT, BN)          BM = 64 WM features, every warp 64 of them
 //                                                           BN = 16 NT WN columns, every warp 16 NT of them
 //   out   B rows (BM, 16 KT)   W tile  (BM, BN)             kStages tiles of W and A in flight or in use
-//    |    in registers
+//    |    in registers (*)
 //
+// (*) or, where they are many, in shared memory.
 // A is read again by every owner of features, from L2: BM is 64 to 128 so that this stays well below W's own bytes.
 //
 //   Source   where W comes from: DenseSource here, Nf4Source in low_rank_nf4.cuh
@@ -28,13 +29,15 @@ struct LowRankShape {
   // 16 bytes of padding a row keep ldmatrix free of bank conflicts.
   static constexpr int kPitchA = kColumns + 8;
   static constexpr int kPitchB = kRank + 8;
-  // Rank 64 has no registers to spare: neither for the addresses of many copies nor for all of A's fragments.
+  // Rank 64 has no registers to spare: not for the addresses of many copies, nor for B next to twice as much of A.
   static constexpr int kUnroll = KT == 4 ? 2 : 4;
-  static constexpr int kKept = KT == 4 ? 1 : NT;
+  static constexpr bool kKeepB = KT < 4 || NT == 1;
   static constexpr int kBytesA = 2 * kRank * kPitchA;
   static constexpr int kStage = kBytesA + Source::tile_bytes(kFeatures, kColumns);
-  static constexpr int kSharedBytes = kStages * kStage + Source::own_bytes(kFeatures, kColumns);
-  static_assert(2 * kFeatures * kPitchB <= kStage, "lora_B passes through the last stage");
+  static constexpr int kBytesB = 2 * kFeatures * kPitchB;
+  static constexpr int kSharedBytes =
+      kStages * kStage + Source::own_bytes(kFeatures, kColumns) + (kKeepB ? 0 : kBytesB);
+  static_assert(!kKeepB || kBytesB <= kStage, "lora_B passes through the last stage");
   static_assert(WN * kFeatures * 4 <= kSharedBytes, "so do the sums of a norm");
 };
 
@@ -118,8 +121,10 @@ __device__ __forceinline__ void walk_low_rank(const NormProblem<T>& p, int64_t t
     source.template load<Tile>(to + Tile::kBytesA, feature0, column);
   };
 
-  // lora_B's rows pass through the one stage that isn't filled at first, and arrive with the first tile.
-  T* b_rows = reinterpret_cast<T*>(shared + (Tile::kStages - 1) * Tile::kStage);
+  // lora_B's rows arrive with the first tile. To become registers they pass through the one stage that isn't filled
+  // yet.
+  const int place_B = Tile::kKeepB ? (Tile::kStages - 1) * Tile::kStage : Tile::kSharedBytes - Tile::kBytesB;
+  T* b_rows = reinterpret_cast<T*>(shared + place_B);
   load_lora_B<true>(p, b_rows, Tile::kPitchB, feature0, Tile::kFeatures, 0, Tile::kRank);
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
@@ -130,14 +135,17 @@ __device__ __forceinline__ void walk_low_rank(const NormProblem<T>& p, int64_t t
 
   copy_wait<Tile::kStages - 2>();
   __syncthreads();
-  uint32_t b_fragments[4][Tile::kSteps][4];
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  uint32_t b_fragments[Tile::kKeepB ? 4 : 1][Tile::kSteps][4];
+  const auto load_b_fragments = [&](int m) {
 #pragma unroll
     for (int k = 0; k < Tile::kSteps; ++k) {
-      load_matrix_x4<false>(b_fragments[m][k],
+      load_matrix_x4<false>(b_fragments[Tile::kKeepB ? m : 0][k],
                             b_rows + (warp_m * 64 + m * 16 + lane % 16) * Tile::kPitchB + k * 16 + lane / 16 * 8);
     }
+  };
+  if constexpr (Tile::kKeepB) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) load_b_fragments(m);
   }
 
   int stage = 0;
@@ -152,32 +160,30 @@ __device__ __forceinline__ void walk_low_rank(const NormProblem<T>& p, int64_t t
     source.template advance<Tile>(i);
 
     const unsigned char* tile = shared + stage * Tile::kStage;
-    uint32_t a_fragments[Tile::kKept][Tile::kSteps][4];
-    const auto load_a_fragments = [&](int n) {
+    uint32_t a_fragments[Tile::NT][Tile::kSteps][4];
+#pragma unroll
+    for (int n = 0; n < Tile::NT; ++n) {
 #pragma unroll
       for (int k = 0; k < Tile::kSteps; ++k) {
-        load_matrix_x4<true>(a_fragments[n % Tile::kKept][k],
-                             reinterpret_cast<const T*>(tile) + (k * 16 + lane % 16) * Tile::kPitchA +
-                                 (warp_n * Tile::NT + n) * 16 + lane / 16 * 8);
+        load_matrix_x4<true>(a_fragments[n][k], reinterpret_cast<const T*>(tile) +
+                                                    (k * 16 + lane % 16) * Tile::kPitchA +
+                                                    (warp_n * Tile::NT + n) * 16 + lane / 16 * 8);
       }
-    };
-    if constexpr (Tile::kKept == Tile::NT) {
-#pragma unroll
-      for (int n = 0; n < Tile::NT; ++n) load_a_fragments(n);
     }
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int feature = warp_m * 64 + m * 16;
+      if constexpr (!Tile::kKeepB) load_b_fragments(m);
       const auto rows = source.template rows<Tile>(tile + Tile::kBytesA, i, feature, warp_n * Tile::NT * 16);
 #pragma unroll
       for (int n = 0; n < Tile::NT; ++n) {
-        if constexpr (Tile::kKept < Tile::NT) load_a_fragments(n);
         float left[4] = {}, right[4] = {};
 #pragma unroll
         for (int k = 0; k < Tile::kSteps; ++k) {
-          const auto& a = a_fragments[n % Tile::kKept][k];
-          mma_m16n8k16<T>(left, b_fragments[m][k], {a[0], a[1]});
-          mma_m16n8k16<T>(right, b_fragments[m][k], {a[2], a[3]});
+          const auto& a = a_fragments[n][k];
+          const auto& b = b_fragments[Tile::kKeepB ? m : 0][k];
+          mma_m16n8k16<T>(left, b, {a[0], a[1]});
+          mma_m16n8k16<T>(right, b, {a[2], a[3]});
         }
         const int column = (warp_n * Tile::NT + n) * 16;
         uint32_t w[4];

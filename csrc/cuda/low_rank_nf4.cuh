@@ -8,13 +8,20 @@
 
 namespace dora_ext {
 
-// (out, in), with rows that are 16-byte aligned: in is a multiple of 32. Columns 2^group_shift q and the following share
-// a scale in every row; 2^group_shift is 32 at least and divides both in and the blocksize.
+// (out, in), with rows that are 16-byte aligned: in is a multiple of 32. Columns 2^group_shift q and the following
+// share a scale in every row; 2^group_shift is 32 at least and divides both in and the blocksize.
 struct Nf4Matrix {
   const uint8_t* packed;
   Nf4Scales scales;
   int block_shift, group_shift;
 };
+
+// The largest group_shift that a tile can use; below 5: none.
+inline int group_shift_of(int64_t in, int block_shift) {
+  int shift = 0;
+  while (shift < 7 && shift < block_shift && (in >> shift) % 2 == 0) ++shift;
+  return shift;
+}
 
 template <typename T>
 struct Nf4Source {
@@ -127,8 +134,8 @@ struct Nf4Source {
       const int f = feature + half * 8 + threadIdx.x % 32 / 4;
       const auto* from = static_cast<const uint8_t*>(stage) + f * pitch(Tile::kColumns) + column / 2;
       *reinterpret_cast<uint4*>(rows.word[half]) = *reinterpret_cast<const uint4*>(from);
-      rows.scale[half] = scales[(tile % 2 * Tile::kFeatures + f) * scale_pitch(Tile::kColumns) +
-                                (column >> matrix.group_shift)];
+      rows.scale[half] =
+          scales[(tile % 2 * Tile::kFeatures + f) * scale_pitch(Tile::kColumns) + (column >> matrix.group_shift)];
     }
     return rows;
   }

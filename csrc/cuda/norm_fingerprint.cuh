@@ -68,8 +68,8 @@ __device__ __forceinline__ uint64_t hash_sample(const T* v, int64_t rows, int64_
   return hash;
 }
 
-// Adds up what all threads have hashed. Leaves in `fingerprint` (int64[4], norm_common.cuh) whether the cached norms are
-// stale; zeros at first mean that there are none.
+// Adds up what all threads have hashed. Leaves in `fingerprint` (int64[4], norm_common.cuh) whether the cached norms
+// are stale; zeros at first mean that there are none.
 __device__ __forceinline__ void settle_fingerprint(uint64_t hash, unsigned long long* fingerprint) {
   __shared__ unsigned long long block_hash;
   if (threadIdx.x == 0) block_hash = 0;

@@ -42,13 +42,6 @@ NormNf4Plan<T> plan_norm_nf4(const NormProblem<T>& p, int multiprocessors, int64
   return plan;
 }
 
-// The shift of the largest groups of columns, up to a tile's width, that share a scale in every row; below 5: too small.
-inline int group_shift_of(int64_t in, int block_shift) {
-  int shift = 0;
-  while (shift < 7 && shift < block_shift && (in >> shift) % 2 == 0) ++shift;
-  return shift;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Unpacking for the dense norm
 
@@ -64,7 +57,8 @@ void launch_dequantize_stale_nf4(const uint8_t* packed, const Nf4Scales& scales,
                                  const int64_t* fingerprint, cudaStream_t stream) {
   const int64_t blocks = (numel + kDequantizeBlock<T> - 1) / kDequantizeBlock<T>;
   if (blocks == 0) return;
-  const auto kernel = scales.nested_absmax ? dequantize_stale_nf4_kernel<T, true> : dequantize_stale_nf4_kernel<T, false>;
+  const auto kernel =
+      scales.nested_absmax ? dequantize_stale_nf4_kernel<T, true> : dequantize_stale_nf4_kernel<T, false>;
   kernel<<<static_cast<unsigned>(blocks), kDequantizeThreads, 0, stream>>>(packed, scales, block_shift, numel, out,
                                                                            fingerprint);
 }

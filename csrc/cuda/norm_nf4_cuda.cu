@@ -99,8 +99,15 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, double>) {
-      const NormProblem<T> problem{nullptr, data<T>(call.lora_A), data<T>(call.lora_B), out, in, in,
-                                   static_cast<int>(call.lora_A.size(0)), static_cast<float>(scaling), nullptr,
+      const NormProblem<T> problem{nullptr,
+                                   data<T>(call.lora_A),
+                                   data<T>(call.lora_B),
+                                   out,
+                                   in,
+                                   in,
+                                   static_cast<int>(call.lora_A.size(0)),
+                                   static_cast<float>(scaling),
+                                   nullptr,
                                    call.fingerprint};
       if (call.fingerprint != nullptr) {
         const bool whole = in % 2 == 0;
@@ -131,11 +138,12 @@ std::tuple<Tensor, Tensor> norm_nf4_cuda(const Tensor& packed, const Tensor& abs
                       lora_A, lora_B, magnitude, scaling, nullptr, nullptr);
 }
 
-std::tuple<Tensor, Tensor> norm_nf4_cached_cuda(
-    const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape, at::ScalarType dtype,
-    const OptionalTensor& nested_absmax, const OptionalTensor& nested_code, const OptionalTensor& offset,
-    int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, double scaling,
-    Tensor& cached, Tensor& fingerprint) {
+std::tuple<Tensor, Tensor> norm_nf4_cached_cuda(const Tensor& packed, const Tensor& absmax, int64_t blocksize,
+                                                at::IntArrayRef shape, at::ScalarType dtype,
+                                                const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
+                                                const OptionalTensor& offset, int64_t nested_blocksize,
+                                                const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                                                double scaling, Tensor& cached, Tensor& fingerprint) {
   const char* op = "dora_ext::norm_nf4_cached";
   check_norm_nf4(op, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
                  lora_A, lora_B, magnitude, scaling);
