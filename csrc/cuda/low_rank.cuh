@@ -77,15 +77,9 @@ struct DenseSource {
   template <typename Tile>
   __device__ __forceinline__ void advance(int) {}
 
-  // 16 features of the warp's 64: what is read once for all of its columns, and the fragment of 16 columns.
-  struct Rows {};
+  // W's 16 x 16 corner at (feature, column) of the tile, in the layout of load_weight_fragment.
   template <typename Tile>
-  __device__ __forceinline__ Rows rows(const void*, int, int, int) const {
-    return {};
-  }
-  template <typename Tile>
-  __device__ __forceinline__ void fragment(uint32_t (&w)[4], const Rows&, const void* stage, int feature, int column,
-                                           int) const {
+  __device__ __forceinline__ void fragment(uint32_t (&w)[4], const void* stage, int, int feature, int column) const {
     load_weight_fragment<Transposed>(w, static_cast<const T*>(stage), pitch(Tile::kFeatures, Tile::kColumns), feature,
                                      column);
   }
@@ -149,47 +143,50 @@ __device__ __forceinline__ void walk_low_rank(const NormProblem<T>& p, int64_t t
   }
 
   int stage = 0;
-  for (int i = 0; i < tiles; ++i) {
+  for (int tile_index = 0; tile_index < tiles; ++tile_index) {
     copy_wait<Tile::kStages - 2>();
-    // All see tile i; and all have left tile i - 1 (at first: lora_B), whose stage is filled next.
+    // All see this tile; and all have left the one before (at first: lora_B), whose stage is filled next.
     __syncthreads();
-    if (i + Tile::kStages - 1 < tiles) {
-      load(stage == 0 ? Tile::kStages - 1 : stage - 1, i + Tile::kStages - 1);
+    if (tile_index + Tile::kStages - 1 < tiles) {
+      load(stage == 0 ? Tile::kStages - 1 : stage - 1, tile_index + Tile::kStages - 1);
     }
     copy_commit();
-    source.template advance<Tile>(i);
+    source.template advance<Tile>(tile_index);
 
     const unsigned char* tile = shared + stage * Tile::kStage;
-    uint32_t a_fragments[Tile::NT][Tile::kSteps][4];
-#pragma unroll
-    for (int n = 0; n < Tile::NT; ++n) {
+    uint32_t a_fragments[Tile::kKeepB ? Tile::NT : 1][Tile::kSteps][4];
+    const auto load_a_fragments = [&](int n) {
 #pragma unroll
       for (int k = 0; k < Tile::kSteps; ++k) {
-        load_matrix_x4<true>(a_fragments[n][k], reinterpret_cast<const T*>(tile) +
-                                                    (k * 16 + lane % 16) * Tile::kPitchA +
-                                                    (warp_n * Tile::NT + n) * 16 + lane / 16 * 8);
+        load_matrix_x4<true>(a_fragments[Tile::kKeepB ? n : 0][k], reinterpret_cast<const T*>(tile) +
+                                                                       (k * 16 + lane % 16) * Tile::kPitchA +
+                                                                       (warp_n * Tile::NT + n) * 16 + lane / 16 * 8);
       }
+    };
+    if constexpr (Tile::kKeepB) {
+#pragma unroll
+      for (int n = 0; n < Tile::NT; ++n) load_a_fragments(n);
     }
+    // All columns of 16 features after each other, or all features of 16 columns where B is fetched again and again.
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const int feature = warp_m * 64 + m * 16;
-      if constexpr (!Tile::kKeepB) load_b_fragments(m);
-      const auto rows = source.template rows<Tile>(tile + Tile::kBytesA, i, feature, warp_n * Tile::NT * 16);
-#pragma unroll
-      for (int n = 0; n < Tile::NT; ++n) {
-        float left[4] = {}, right[4] = {};
-#pragma unroll
-        for (int k = 0; k < Tile::kSteps; ++k) {
-          const auto& a = a_fragments[n][k];
-          const auto& b = b_fragments[Tile::kKeepB ? m : 0][k];
-          mma_m16n8k16<T>(left, b, {a[0], a[1]});
-          mma_m16n8k16<T>(right, b, {a[2], a[3]});
-        }
-        const int column = (warp_n * Tile::NT + n) * 16;
-        uint32_t w[4];
-        source.template fragment<Tile>(w, rows, tile + Tile::kBytesA, feature, column, n);
-        sink.take(m, column0 + static_cast<int64_t>(i) * Tile::kColumns + column, w, left, right, p.scaling);
+    for (int i = 0; i < 4 * Tile::NT; ++i) {
+      const int m = Tile::kKeepB ? i / Tile::NT : i % 4, n = Tile::kKeepB ? i % Tile::NT : i / 4;
+      const int feature = warp_m * 64 + m * 16, column = (warp_n * Tile::NT + n) * 16;
+      if constexpr (!Tile::kKeepB) {
+        if (m == 0) load_a_fragments(n);
+        load_b_fragments(m);
       }
+      float left[4] = {}, right[4] = {};
+#pragma unroll
+      for (int k = 0; k < Tile::kSteps; ++k) {
+        const auto& a = a_fragments[Tile::kKeepB ? n : 0][k];
+        const auto& b = b_fragments[Tile::kKeepB ? m : 0][k];
+        mma_m16n8k16<T>(left, b, {a[0], a[1]});
+        mma_m16n8k16<T>(right, b, {a[2], a[3]});
+      }
+      uint32_t w[4];
+      source.template fragment<Tile>(w, tile + Tile::kBytesA, tile_index, feature, column);
+      sink.take(m, column0 + static_cast<int64_t>(tile_index) * Tile::kColumns + column, w, left, right, p.scaling);
     }
     stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
   }

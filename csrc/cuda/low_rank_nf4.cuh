@@ -120,34 +120,24 @@ struct Nf4Source {
     fetch<Tile>(i + 2);
   }
 
-  struct Rows {
-    uint32_t word[2][4];  // features g and g + 8: 32 columns each
-    float scale[2];
-  };
-
+  // Byte t of a word of 8 columns is what lane t of four has of them. The index of a shuffle counts modulo 16.
   template <typename Tile>
-  __device__ __forceinline__ Rows rows(const void* stage, int tile, int feature, int column) const {
-    static_assert(Tile::NT == 2, "a warp has 32 columns");
-    Rows rows;
+  __device__ __forceinline__ void fragment(uint32_t (&w)[4], const void* stage, int tile, int feature,
+                                           int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int f = feature + half * 8 + threadIdx.x % 32 / 4;
-      const auto* from = static_cast<const uint8_t*>(stage) + f * pitch(Tile::kColumns) + column / 2;
-      *reinterpret_cast<uint4*>(rows.word[half]) = *reinterpret_cast<const uint4*>(from);
-      rows.scale[half] =
+      const float scale =
           scales[(tile % 2 * Tile::kFeatures + f) * scale_pitch(Tile::kColumns) + (column >> matrix.group_shift)];
-    }
-    return rows;
-  }
-
-  // Byte t of a word of 8 columns is what lane t of four has of them. The index of a shuffle counts modulo 16.
-  template <typename Tile>
-  __device__ __forceinline__ void fragment(uint32_t (&w)[4], const Rows& rows, const void*, int, int, int n) const {
+      const uint2 words =
+          *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(stage) + f * pitch(Tile::kColumns) + column / 2);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t byte = rows.word[i % 2][2 * n + i / 2] >> (threadIdx.x % 4 * 8);
-      const float first = __shfl_sync(~0u, lane_value, byte >> 4, 16), second = __shfl_sync(~0u, lane_value, byte, 16);
-      w[i] = pack<T>(multiply_ftz(first, rows.scale[i % 2]), multiply_ftz(second, rows.scale[i % 2]));
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t byte = (i == 0 ? words.x : words.y) >> (threadIdx.x % 4 * 8);
+        const float first = __shfl_sync(~0u, lane_value, byte >> 4, 16);
+        const float second = __shfl_sync(~0u, lane_value, byte, 16);
+        w[2 * i + half] = pack<T>(multiply_ftz(first, scale), multiply_ftz(second, scale));
+      }
     }
   }
 };

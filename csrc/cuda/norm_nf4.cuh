@@ -13,8 +13,15 @@ namespace dora_ext {
 template <typename T, int KT, int WM, int WN>
 using Nf4Tile = LowRankShape<KT, WM, WN, 2, Nf4Source<T>>;
 
+// Blocks on a multiprocessor that registers are kept for. sm_75 needs them to do what it has no instructions for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kNf4Resident = 2;
+#else
+constexpr int kNf4Resident = 3;
+#endif
+
 template <typename T, int KT, int WM, int WN>
-__global__ void __launch_bounds__(32 * WM * WN, KT == 1 ? 3 : 2)
+__global__ void __launch_bounds__(32 * WM * WN, KT == 1 ? kNf4Resident : 2)
     norm_nf4_kernel(NormProblem<T> p, Nf4Matrix matrix, int64_t tiles_per_split) {
   using Tile = Nf4Tile<T, KT, WM, WN>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
