@@ -90,7 +90,7 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
                                                     plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
                                                     plan_high_rank<T, 2, 4, 4, true, Transposed>(plan, p, device, 1) ||
                                                     plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device, 2) ||
-                                                    plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device, 4)
+                                                    plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device, 3)
                                               : plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device, 3);
   }
   return plan;
