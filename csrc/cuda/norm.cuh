@@ -47,18 +47,20 @@ bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice&
   return true;
 }
 
-// Every block walks the same number of tiles, whichever rows they are of. `resident` as above.
+// Every block walks the same number of tiles, whichever rows they are of.
 template <typename T, int WM, int WN, int NT, bool Aligned, bool Transposed>
-bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device, int resident) {
+bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
+  constexpr int kBlocks = kHighRankBlocks<WN, NT>;
   using Tile = ProductTile<WM, WN, NT>;
+  constexpr int64_t kScratch = 4096;  // static, and what the driver takes
   // Blocks that share a multiprocessor share its memory, unless that leaves them too little.
-  ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes / resident - 4096);
-  if (memory.besides == 0) memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes - 4096);
+  ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes / kBlocks - kScratch);
+  if (memory.besides == 0) memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes - kScratch);
   if (memory.besides == 0) return false;
-  resident = std::min<int64_t>(resident, device.shared_bytes / memory.bytes);
+  const int64_t resident = std::min<int64_t>(kBlocks, device.shared_bytes / memory.bytes);
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
-  const int64_t slots = int64_t{device.multiprocessors} * resident;
+  const int64_t slots = device.multiprocessors * resident;
   const int64_t per_block = std::max<int64_t>(1, (tiles + slots - 1) / slots);
   const int splits = tiles > 0 ? static_cast<int>(high_rank_splits(columns, per_block)) : 0;
   plan = {norm_high_rank_kernel<T, WM, WN, NT, Aligned, Transposed>,
@@ -84,14 +86,13 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
         p.pitch_A % 8 == 0 && (Transposed ? p.out : p.in) % 8 == 0 && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
     // Rows of memory of at least 256 bytes a tile: 64 features of 128 columns, or turned around.
     constexpr int kM = Transposed ? 2 : 1, kN = Transposed ? 4 : 8;
-    [[maybe_unused]] const bool planned = aligned
-                                              ? plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device) ||
-                                                    plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device) ||
-                                                    plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
-                                                    plan_high_rank<T, 2, 4, 4, true, Transposed>(plan, p, device, 1) ||
-                                                    plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device, 2) ||
-                                                    plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device, 3)
-                                              : plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device, 3);
+    [[maybe_unused]] const bool planned = aligned ? plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device) ||
+                                                        plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device) ||
+                                                        plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 2, 4, 4, true, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device)
+                                                  : plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device);
   }
   return plan;
 }
