@@ -1,6 +1,7 @@
 // compose: the pass over a layer's output. Which kernel does it, and where the rest of the story is.
 //
-//   features last    fp16, bf16   compose_mma.cuh        channels_last convolutions are the same memory
+//   features last    fp16, bf16   rank > 64, aligned   compose_high_rank.cuh
+//                                 any                  compose_mma.cuh      channels_last is the same memory
 //                    fp32, fp64   compose_fma.cuh
 //   channels first   every dtype  compose_fma.cuh
 //   backward         compose_backward.cuh
@@ -8,15 +9,29 @@
 #pragma once
 
 #include "compose_fma.cuh"
+#include "compose_high_rank.cuh"
 #include "compose_mma.cuh"
 
 namespace dora_ext {
 
 template <typename T>
+bool plan_compose_high_rank(const ComposeProblem<T>& p, cudaStream_t stream) {
+  if (p.rank <= 64 || p.out % 8 != 0 || !on_16_bytes(p.base) || !on_16_bytes(p.result)) return false;
+  int device = 0, major = 0, multiprocessors = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 8) return false;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return launch_compose_high_rank<T, 2, 4>(p, 1, multiprocessors, shared, stream) ||
+         launch_compose_high_rank<T, 2, 2>(p, 1, multiprocessors, shared, stream);
+}
+
+template <typename T>
 void launch_compose_features_last(const ComposeProblem<T>& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.out == 0) return;
   if constexpr (sizeof(T) == 2) {
-    launch_compose_mma(p, stream);
+    if (!plan_compose_high_rank(p, stream)) launch_compose_mma<T, 4, 2, 2, 2>(p, stream);
   } else {
     launch_compose_fma<false>(p, stream);
   }

@@ -21,6 +21,12 @@
 
 namespace dora_ext {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kBeforeAmpere = true;
+#else
+constexpr bool kBeforeAmpere = false;
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Copies
 

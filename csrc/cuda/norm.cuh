@@ -18,8 +18,8 @@ struct NormPlan {
   void (*kernel)(NormProblem<T>, int64_t tiles_per_split);
   int threads;
   int64_t shared_bytes;
-  int64_t owned_tiles;
-  Splits splits;
+  int64_t blocks_x, blocks_y;
+  Splits splits;  // tiles per block, and rows of partials
 };
 
 struct NormDevice {
@@ -33,8 +33,9 @@ NormPlan<T> make_norm_plan(const NormProblem<T>& p, void (*kernel)(NormProblem<T
                            int64_t shared_bytes, int features, int columns, int resident, const NormDevice& device) {
   if (shared_bytes > 0) resident = std::min<int64_t>(resident, device.shared_bytes / shared_bytes);
   const int64_t owned_tiles = (p.out + features - 1) / features;
-  return {kernel, threads, shared_bytes, owned_tiles,
-          split_walk(owned_tiles, (p.in + columns - 1) / columns, int64_t{device.multiprocessors} * resident)};
+  const Splits splits =
+      split_walk(owned_tiles, (p.in + columns - 1) / columns, int64_t{device.multiprocessors} * resident);
+  return {kernel, threads, shared_bytes, owned_tiles, splits.count, splits};
 }
 
 template <typename T, int KT, int WM, int WN, bool Transposed>
@@ -46,13 +47,28 @@ bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice&
   return true;
 }
 
-template <typename T, int WM, int NT, bool Resident, bool Aligned, bool Transposed>
+// Every block walks the same number of tiles, whichever rows they are of.
+template <typename T, int WM, int WN, int NT, bool Aligned, bool Transposed>
 bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
-  using Tile = HighRankTile<WM, NT, Resident>;
-  const int64_t shared_bytes = Tile::shared_bytes(p.rank);
-  if (shared_bytes > device.shared_bytes) return false;
-  plan = make_norm_plan(p, norm_high_rank_kernel<T, WM, NT, Resident, Aligned, Transposed>, Tile::kThreads,
-                        shared_bytes, Tile::kFeatures, Tile::kColumns, 4 / WM, device);
+  constexpr int kBlocks = kHighRankBlocks<WN, NT>;
+  using Tile = ProductTile<WM, WN, NT>;
+  constexpr int64_t kScratch = 4096;  // static, and what the driver takes
+  // Blocks that share a multiprocessor share its memory, unless that leaves them too little.
+  ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes / kBlocks - kScratch);
+  if (memory.besides == 0) memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes - kScratch);
+  if (memory.besides == 0) return false;
+  const int64_t resident = std::min<int64_t>(kBlocks, device.shared_bytes / memory.bytes);
+  const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
+  const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
+  const int64_t slots = device.multiprocessors * resident;
+  const int64_t per_block = std::max<int64_t>(1, (tiles + slots - 1) / slots);
+  const int splits = tiles > 0 ? static_cast<int>(high_rank_splits(columns, per_block)) : 0;
+  plan = {norm_high_rank_kernel<T, WM, WN, NT, Aligned, Transposed>,
+          Tile::kThreads,
+          memory.bytes,
+          (tiles + per_block - 1) / per_block,
+          1,
+          {per_block, splits}};
   return true;
 }
 
@@ -70,14 +86,13 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
         p.pitch_A % 8 == 0 && (Transposed ? p.out : p.in) % 8 == 0 && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
     // Rows of memory of at least 256 bytes a tile: 64 features of 128 columns, or turned around.
     constexpr int kM = Transposed ? 2 : 1, kN = Transposed ? 4 : 8;
-    [[maybe_unused]] const bool planned = aligned
-                                              ? plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device) ||
-                                                    plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device) ||
-                                                    plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
-                                                    plan_high_rank<T, 2, 2, true, true, Transposed>(plan, p, device) ||
-                                                    plan_high_rank<T, 2, 2, false, true, Transposed>(plan, p, device) ||
-                                                    plan_high_rank<T, 1, 1, false, true, Transposed>(plan, p, device)
-                                              : plan_high_rank<T, 1, 1, false, false, Transposed>(plan, p, device);
+    [[maybe_unused]] const bool planned = aligned ? plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device) ||
+                                                        plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device) ||
+                                                        plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 2, 4, 4, true, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device) ||
+                                                        plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device)
+                                                  : plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device);
   }
   return plan;
 }
@@ -88,7 +103,7 @@ void launch_norm(const NormPlan<T>& plan, const NormProblem<T>& p, cudaStream_t 
   if (plan.shared_bytes > 0) {
     cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
   }
-  const dim3 grid(static_cast<unsigned>(plan.owned_tiles), static_cast<unsigned>(plan.splits.count));
+  const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
   plan.kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(p, plan.splits.tiles);
 }
 
