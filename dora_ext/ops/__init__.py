@@ -1,5 +1,6 @@
 """The ops' public functions. Each page holds one op: function, fake kernel, autograd."""
 
+from . import decode as decode
 from .compose import dora_delta
 from .conv import dora_conv
 from .embedding import dora_embedding
