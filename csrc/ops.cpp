@@ -39,6 +39,18 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, bool transposed, int mask)"
       " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
 
+  // The same for 1 to 8 tokens in fp16 or bf16, with g known, in one pass over W; CUDA only, and only what decode_fits
+  // and decode_nf4_fits (check_decode.h) accept. x (tokens, in), y (tokens, out), h (tokens, r) rounded to x's dtype.
+  // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is rounded to x's dtype, as dequantize_nf4
+  // does it; `dtype`, its own, is fp32 or x's.
+  m.def(
+      "linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? bias, float scaling)"
+      " -> (Tensor y, Tensor h)");
+  m.def(
+      "linear_decode_nf4(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
+      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
+      " Tensor gain, Tensor? bias, float scaling) -> (Tensor y, Tensor h)");
+
   // The pass over the output. Features are the last dimension, or dimension 1 when `channels_first`; h holds r in
   // the same place. base = x W^T (no bias):      y = g * (base + s h B^T) + bias
   // delta (base already holds the bias; what a DoRA adds to a base layer's result):
