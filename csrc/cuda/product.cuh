@@ -39,8 +39,7 @@ bool encode_map(CUtensorMap* map, const ProductMatrix& m, int height) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.x), static_cast<cuuint64_t>(m.y)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.line) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(height)}, steps[2] = {1, 1};
-  constexpr auto kType =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto encode = map_encoder();
   return encode != nullptr &&
          encode(map, kType, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -55,8 +54,7 @@ struct ProductMatrices {
 };
 
 template <typename T, typename Tile, bool RightTransposed>
-cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int multiprocessors,
-                                 cudaStream_t stream) {
+cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int multiprocessors, cudaStream_t stream) {
   constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
   ProductMaps maps{};
   if (!encode_map<T>(&maps.left, m.left, Tile::kRows) || !encode_map<T>(&maps.right, m.right, kRightHeight) ||
@@ -85,6 +83,23 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, maps, p);
+}
+
+// The tile that is expected to be done first. p.group is chosen here.
+template <typename T>
+cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, bool right_transposed, int multiprocessors,
+                           cudaStream_t stream) {
+  const auto launch = [&](auto tile) {
+    using Tile = decltype(tile);
+    return right_transposed ? launch_product_tiles<T, Tile, true>(m, p, multiprocessors, stream)
+                            : launch_product_tiles<T, Tile, false>(m, p, multiprocessors, stream);
+  };
+  p.group = 8;
+  const auto waves = [&](int64_t columns) {
+    const int64_t tiles = (int64_t{p.rows} + 127) / 128 * ((p.columns + columns - 1) / columns);
+    return (tiles + multiprocessors - 1) / multiprocessors;
+  };
+  return 2 * waves(256) <= waves(128) ? launch(ProductTile<256, 2>{}) : launch(ProductTile<128, 2>{});
 }
 
 }  // namespace dora_ext

@@ -19,7 +19,8 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// After the last barrier_init: the TMA and the other blocks of the cluster may see them from the next cluster_sync() on.
+// After the last barrier_init: the TMA and the other blocks of the cluster may see them from the next cluster_sync()
+// on.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -29,8 +30,8 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint3
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier that lies at this address in block `rank` of the cluster. Orders no ordinary memory accesses of
-// other blocks: it frees memory that wgmma has read for the TMA to write, and neither is one.
+// Arrives at the barrier that lies at this address in block `rank` of the cluster. Orders no ordinary memory accesses
+// of other blocks: it frees memory that wgmma has read for the TMA to write, and neither is one.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -173,19 +174,20 @@ __device__ __forceinline__ void sums_are_ready(float (&d)[N]) {
 // "%10, %11, ... %19, " for 1; d[i], d[i + 1], ... as operands.
 #define DORA_TEN(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define DORA_SIXTY "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " DORA_TEN(1) DORA_TEN(2) DORA_TEN(3) DORA_TEN(4) DORA_TEN(5)
+#define DORA_SIXTY \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " DORA_TEN(1) DORA_TEN(2) DORA_TEN(3) DORA_TEN(4) DORA_TEN(5)
 #define DORA_64 DORA_SIXTY "%60, %61, %62, %63"
-#define DORA_128                                                                            \
+#define DORA_128 \
   DORA_SIXTY DORA_TEN(6) DORA_TEN(7) DORA_TEN(8) DORA_TEN(9) DORA_TEN(10) DORA_TEN(11) "%120, %121, %122, %123, %124, " \
                                                                                        "%125, %126, %127"
 #define DORA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DORA_D16(i) DORA_D4(i), DORA_D4(i + 4), DORA_D4(i + 8), DORA_D4(i + 12)
 #define DORA_D64(i) DORA_D16(i), DORA_D16(i + 16), DORA_D16(i + 32), DORA_D16(i + 48)
 // shape, the list of sums in the text, the numbers of the four operands after them, the sums as operands
-#define DORA_WGMMA(shape, type, list, a, b, p, t, ...)                                                               \
+#define DORA_WGMMA(shape, type, list, a, b, p, t, ...)                                                                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
-               " {" list "}, " a ", " b ", p, 1, 1, 0, " t ";\n}\n"                                                  \
-               : __VA_ARGS__                                                                                         \
+               " {" list "}, " a ", " b ", p, 1, 1, 0, " t ";\n}\n"                                                    \
+               : __VA_ARGS__                                                                                           \
                : "l"(left), "l"(right), "r"(accumulate), "n"(int{RightTransposed}))
 
 // d += left right, or = where accumulate is 0. RightTransposed: right has its rows contiguous.
@@ -217,8 +219,8 @@ __device__ __forceinline__ void multiply_k16(float (&d)[64], uint64_t left, uint
 
 // Four 8x8 tiles of 16-bit numbers from fragments to shared memory; the inverse of load_matrix_x4.
 __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

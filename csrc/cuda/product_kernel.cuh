@@ -21,8 +21,8 @@ struct ProductMaps {
 };
 
 struct ProductProblem {
-  const float* gain;  // (columns,), on 8 bytes, or null: 1
-  const float* bias;  // (columns,), on 8 bytes, or null: 0
+  const float* gain;               // (columns,), on 8 bytes, or null: 1
+  const float* bias;               // (columns,), on 8 bytes, or null: 0
   int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
   int group;                       // of rows of tiles that are walked down before the next column of tiles
 };
