@@ -27,12 +27,10 @@ spec.loader.exec_module(_build)
 
 try:
     cuda = _build.use_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
+    archs = _build.architectures(cuda)
 except _build.BuildError as error:
     raise SystemExit(f"error: {error}") from None
-archs = _build.architectures(cuda)
 _build.find_ninja()
-if cuda:
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -67,7 +65,10 @@ extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     "dora_ext._C",
     [os.path.join("csrc", source) for source in _build.sources(cuda)],
     include_dirs=[str(ROOT / "csrc")],
-    extra_compile_args={"cxx": _build.CXX_FLAGS + _build.fact_flags(archs), "nvcc": _build.NVCC_FLAGS},
+    extra_compile_args={
+        "cxx": _build.CXX_FLAGS + _build.fact_flags(archs),
+        "nvcc": _build.NVCC_FLAGS + _build.gencode_flags(archs),
+    },
     extra_link_args=_build.LINK_FLAGS,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension, "build_py": BuildPy})

@@ -76,6 +76,17 @@ TORCH_LIBRARY(dora_ext, m) {
       "magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
       " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
 
+  // result (rows, columns) = gain * ([left | left_tail] [right | right_tail]^T) + bias on Hopper's tensor cores: sums in
+  // fp32, rounded once. left (rows, k), left_tail (rows, r); right (columns, k), right_tail (columns, r), or, when
+  // right_transposed, (k, columns) and (r, columns). bfloat16 or float16; gain and bias fp32 (columns,), None: 1 and 0.
+  m.def(
+      "hopper_product(Tensor left, Tensor right, Tensor? left_tail=None, Tensor? right_tail=None, Tensor? gain=None,"
+      " Tensor? bias=None, bool right_transposed=False) -> Tensor");
+  // Would it take them? A device of capability 9.0; a multiple of 8 columns; rows that start on 16 bytes.
+  m.def(
+      "hopper_product_fits(Tensor left, Tensor right, Tensor? left_tail=None, Tensor? right_tail=None,"
+      " bool right_transposed=False) -> bool");
+
   // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
   // y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), (*ids.shape, dim), in weight's dtype. An id out of range gives
   // a row of NaN and no bad access; the Python function refuses it before, where it can look.

@@ -6,11 +6,14 @@ Rules:
   leaving them out is the CPU-only build, without an #ifdef. A new file in these folders is in the build by being there.
 - No two sources share a stem, in whatever folder: torch's builder names objects by it. tests/test_build.py checks that.
 - No -std: the running torch chooses it (C++17 for 2.11, C++20 from 2.13). No -march: one wheel runs on every CPU, the
-  instruction set is chosen at run time. No --use_fast_math. No nvcc flag contains "arch": torch would drop its own.
+  instruction set is chosen at run time. No --use_fast_math.
+- The flags for architectures are ours, not torch's (which drops its own where an nvcc flag contains "arch"): 9.0 means
+  sm_90a here. Hopper's own instructions exist in no other code, and no other device has capability 9.0.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -25,6 +28,14 @@ LINK_FLAGS = ["-fopenmp"]
 
 # Turing, Ampere (both), Ada, Hopper, and PTX for what comes after.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"
+# Names that torch takes too.
+GENERATIONS = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 
 
 class BuildError(RuntimeError):
@@ -81,8 +92,26 @@ def use_cuda(torch_cuda: str | None, cuda_home: str | None) -> bool:
 
 def architectures(cuda: bool) -> list[str]:
     """Compute capabilities to compile for; TORCH_CUDA_ARCH_LIST is honoured."""
-    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";") or DEFAULT_ARCHITECTURES
-    return [a for a in chosen.split(";") if a] if cuda else []
+    if not cuda:
+        return []
+    chosen = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, ") or DEFAULT_ARCHITECTURES)
+    archs = [arch for name in chosen for arch in GENERATIONS.get(name, name).split(";")]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
+    if wrong:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0;9.0+PTX, got {wrong[0]!r}")
+    return archs
+
+
+def gencode_flags(archs: list[str] | None = None) -> list[str]:
+    """nvcc's flags for these architectures, by default those of architectures()."""
+    flags = []
+    for arch in architectures(True) if archs is None else archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        exact = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{exact},code=sm_{exact}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def fact_flags(archs: list[str]) -> list[str]:

@@ -171,9 +171,6 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say):
     start, finished = time.monotonic(), threading.Event()
     reporter = threading.Thread(target=_report, args=(directory, len(sources) + 1, start, finished, say), daemon=True)
     reporter.start()
-    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if cuda:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
     # torch builds a name once in a process, even if that failed: without this a second try would not compile at all.
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(NAME, None)
     try:
@@ -181,7 +178,7 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say):
             name=NAME,
             sources=[str(_build.csrc() / source) for source in sources],
             extra_cflags=_build.CXX_FLAGS + _build.fact_flags(archs),
-            extra_cuda_cflags=_build.NVCC_FLAGS,
+            extra_cuda_cflags=_build.NVCC_FLAGS + _build.gencode_flags(archs),
             extra_ldflags=_build.LINK_FLAGS,
             extra_include_paths=[str(_build.csrc())],
             build_directory=str(directory),
@@ -190,8 +187,6 @@ def _compile(cpp_extension, directory: Path, cuda: bool, archs: list[str], say):
     finally:
         finished.set()
         reporter.join()
-        if cuda and before is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
     say(f"dora_ext: compiled in {time.monotonic() - start:.0f} s")
     return extension
 

@@ -49,10 +49,22 @@ def test_every_source_is_listed_and_no_two_share_a_stem():
     assert not any(s.startswith("cuda") for s in _build.sources(cuda=False))
 
 
-def test_flags_leave_standard_and_architecture_to_torch():
+def test_flags_leave_the_standard_to_torch_and_arithmetic_alone():
     flags = _build.CXX_FLAGS + _build.NVCC_FLAGS
     assert not [f for f in flags if f.startswith(("-std", "-march")) or "fast_math" in f]
-    assert not [f for f in _build.NVCC_FLAGS if "arch" in f], "torch drops its own -gencode flags"
+
+
+def test_hopper_gets_code_with_its_own_instructions_and_ptx_that_others_can_read():
+    flags = _build.gencode_flags(["8.0", "9.0+PTX"])
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert _build.gencode_flags(["9.0a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert _build.gencode_flags([]) == []
+    answer = run_python("-S", ROOT / "dora_ext/_build.py", "gencode_flags", TORCH_CUDA_ARCH_LIST="7.5,12.0")
+    assert answer.stdout == "-gencode=arch=compute_75,code=sm_75;-gencode=arch=compute_120,code=sm_120"
 
 
 def test_the_list_needs_neither_torch_nor_the_package():
@@ -130,6 +142,12 @@ def test_other_values_of_the_override_are_refused(monkeypatch):
 def test_architecture_list_is_honoured(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
     assert _build.architectures(cuda=True) == ["8.0", "9.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;9.0")
+    assert _build.architectures(cuda=True) == ["8.0", "8.6+PTX", "9.0"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;native")
+    with pytest.raises(_build.BuildError, match="TORCH_CUDA_ARCH_LIST: expected numbers .* got 'native'"):
+        _build.architectures(cuda=True)
+    assert _build.architectures(cuda=False) == []
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     assert _build.architectures(cuda=True) == _build.DEFAULT_ARCHITECTURES.split(";")
     assert _build.architectures(cuda=False) == []

@@ -1,0 +1,105 @@
+// result = gain * ([left | left_tail] [right | right_tail]^T) + bias, fp16 or bf16, on the tensor cores of Hopper: sums
+// in fp32, rounded once. The kernel: product_kernel.cuh. Here: how tensors are described to it, and how tiles are
+// chosen.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "product_kernel.cuh"
+
+namespace dora_ext {
+
+// A matrix of 16-bit numbers: x along the contiguous dimension. On 16 bytes, as are its lines.
+struct ProductMatrix {
+  const void* data;
+  int64_t x, y, line;  // line: numbers from one y to the next, a multiple of 8
+};
+
+// The driver's function, found without linking the driver. Null if it has none.
+inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
+  static const auto encoder = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+#endif
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return encoder;
+}
+
+// A map for boxes of 64 x `height`, swizzled by 128 bytes.
+template <typename T>
+bool encode_map(CUtensorMap* map, const ProductMatrix& m, int height) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.x), static_cast<cuuint64_t>(m.y)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.line) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(height)}, steps[2] = {1, 1};
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto encode = map_encoder();
+  return encode != nullptr &&
+         encode(map, kType, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The matrices as they lie: left and left_tail x = k; right and right_tail x = k, or columns if `right_transposed`.
+// Tails are looked at where p.tail > 0.
+struct ProductMatrices {
+  ProductMatrix left, right, left_tail, right_tail, result;
+};
+
+template <typename T, typename Tile, bool RightTransposed>
+cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int multiprocessors, cudaStream_t stream) {
+  constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
+  ProductMaps maps{};
+  if (!encode_map<T>(&maps.left, m.left, Tile::kRows) || !encode_map<T>(&maps.right, m.right, kRightHeight) ||
+      !encode_map<T>(&maps.result, m.result, 64) ||
+      (p.tail > 0 && (!encode_map<T>(&maps.left_tail, m.left_tail, Tile::kRows) ||
+                      !encode_map<T>(&maps.right_tail, m.right_tail, kRightHeight)))) {
+    return cudaErrorInvalidValue;
+  }
+  const auto kernel = product_kernel<T, Tile, RightTransposed>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+
+  const int64_t tiles = (int64_t{p.rows} + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows) *
+                        ((p.columns + Tile::kColumns - 1) / Tile::kColumns);
+  const int64_t clusters = multiprocessors / Tile::kCluster;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = Tile::kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((tiles < clusters ? tiles : clusters) * Tile::kCluster));
+  config.blockDim = dim3(Tile::kThreads);
+  config.dynamicSmemBytes = Tile::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, maps, p);
+}
+
+// The tile that is expected to be done first. p.group is chosen here.
+template <typename T>
+cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, bool right_transposed, int multiprocessors,
+                           cudaStream_t stream) {
+  const auto launch = [&](auto tile) {
+    using Tile = decltype(tile);
+    return right_transposed ? launch_product_tiles<T, Tile, true>(m, p, multiprocessors, stream)
+                            : launch_product_tiles<T, Tile, false>(m, p, multiprocessors, stream);
+  };
+  p.group = 8;
+  const auto waves = [&](int64_t columns) {
+    const int64_t tiles = (int64_t{p.rows} + 127) / 128 * ((p.columns + columns - 1) / columns);
+    return (tiles + multiprocessors - 1) / multiprocessors;
+  };
+  return 2 * waves(256) <= waves(128) ? launch(ProductTile<256, 2>{}) : launch(ProductTile<128, 2>{});
+}
+
+}  // namespace dora_ext

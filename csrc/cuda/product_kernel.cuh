@@ -1,0 +1,269 @@
+// The kernel of product.cuh, for sm_90a.
+//
+// A block is three warpgroups: two multiply, 64 rows each of a tile of 128 x kColumns, and one thread of the third
+// keeps the TMA fetching ahead of them into a ring of stages, each 64 k of both operands:
+//
+//   memory --TMA--> stage 0 | 1 | 2 | 3 --wgmma--> sums in registers --> scale, bias, round --> shared --TMA--> memory
+//                   loaded: bytes came      freed: all eight warps of all blocks of the cluster have read it
+//
+// The blocks of a cluster have tiles above one another and share `right`: each fetches its part of the stage for all of
+// them. Blocks stay and take tile after tile; while the sums of one go out, the next one's stages are fetched.
+#pragma once
+
+#include "product_async.cuh"
+
+namespace dora_ext {
+
+// left (rows, inner) and left_tail (rows, tail); right (columns, inner) and right_tail (columns, tail), or, transposed,
+// (inner, columns) and (tail, columns); result (rows, columns). The boxes are those of ProductTile.
+struct ProductMaps {
+  CUtensorMap left, right, left_tail, right_tail, result;
+};
+
+struct ProductProblem {
+  const float* gain;               // (columns,), on 8 bytes, or null: 1
+  const float* bias;               // (columns,), on 8 bytes, or null: 0
+  int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
+  int group;                       // of rows of tiles that are walked down before the next column of tiles
+};
+
+template <int kColumns_, int kCluster_>
+struct ProductTile {
+  static constexpr int kColumns = kColumns_, kCluster = kCluster_;
+  static constexpr int kRows = 128, kInner = 64;
+  static constexpr int kThreads = 384;
+  static constexpr int kLeftBytes = kRows * kInner * 2, kRightBytes = kColumns * kInner * 2;
+  static constexpr int kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr int kStages = 192 * 1024 / kStageBytes;
+  // Result: boxes of 64 rows x 64 columns, two for each warpgroup, so that one is stored while one is filled.
+  static constexpr int kBoxBytes = 64 * 64 * 2;
+  static constexpr int kResultAt = kStages * kStageBytes;
+  static constexpr int kBarriersAt = kResultAt + 4 * kBoxBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
+  static constexpr int kPartOfRight = kColumns / kCluster;  // the columns that a block fetches for all
+  static_assert(kPartOfRight % 64 == 0 && kSharedBytes <= 227 * 1024, "see the TMA's boxes, and what a block can have");
+};
+
+// Where a thread is in the ring; both sides walk it in step.
+template <int Stages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == Stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The tiles of a cluster, one after another. Numbered down the rows of a group of tiles, then column by column, so that
+// what runs at once is nearly square and finds the operands in L2.
+template <typename Tile>
+struct TileWalk {
+  int rows_of_tiles, columns_of_tiles, group, next;
+  int row = 0, column = 0;  // of the tile, in numbers
+
+  __device__ __forceinline__ explicit TileWalk(const ProductProblem& p)
+      : rows_of_tiles((p.rows + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows)),
+        columns_of_tiles((p.columns + Tile::kColumns - 1) / Tile::kColumns),
+        group(p.group),
+        next(static_cast<int>(blockIdx.x) / Tile::kCluster) {}
+
+  __device__ __forceinline__ bool advance() {
+    if (next >= rows_of_tiles * columns_of_tiles) return false;
+    const int first = next / (group * columns_of_tiles) * group, within = next % (group * columns_of_tiles);
+    const int rows_here = min(group, rows_of_tiles - first);
+    row = ((first + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
+    column = within / rows_here * Tile::kColumns;
+    next += static_cast<int>(gridDim.x) / Tile::kCluster;
+    return true;
+  }
+};
+
+// One thread: asks for all stages of all tiles. The full ones of both parts come first, then the two rests, which the
+// other side multiplies in fewer steps.
+template <typename Tile, bool RightTransposed>
+__device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const ProductProblem& p, uint32_t shared,
+                                            uint32_t loaded, uint32_t freed) {
+  constexpr uint16_t kEveryBlock = (1 << Tile::kCluster) - 1;
+  const int part = static_cast<int>(cluster_rank()) * Tile::kPartOfRight;
+  RingPlace<Tile::kStages> place;
+  TileWalk<Tile> tile(p);
+  const auto fetch = [&](const CUtensorMap* left, const CUtensorMap* right, int k) {
+    const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
+    barrier_wait(freed + place.stage * 8, place.parity ^ 1);
+    barrier_arrive_expecting(barrier, Tile::kStageBytes);
+    load_box(stage, left, k, tile.row, barrier);
+    const auto load_right = [&](int first, int x, int y) {
+      const uint32_t dst = stage + Tile::kLeftBytes + first * Tile::kInner * 2;
+      if constexpr (Tile::kCluster > 1) {
+        load_box_to(kEveryBlock, dst, right, x, y, barrier);
+      } else {
+        load_box(dst, right, x, y, barrier);
+      }
+    };
+    if constexpr (RightTransposed) {
+#pragma unroll
+      for (int c = 0; c < Tile::kPartOfRight; c += 64) load_right(part + c, tile.column + part + c, k);
+    } else {
+      load_right(part, k, tile.column + part);
+    }
+    place.advance();
+  };
+  while (tile.advance()) {
+    const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
+    for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
+    for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
+    if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
+    if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
+  }
+}
+
+// gain and bias of a thread's columns in one box of the result: two in every eight.
+struct ColumnFactors {
+  float2 gain[8], bias[8];
+
+  __device__ __forceinline__ void load(const ProductProblem& p, int column) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const bool inside = column + 8 * j < p.columns;
+      gain[j] = inside && p.gain != nullptr ? __ldg(reinterpret_cast<const float2*>(p.gain + column + 8 * j))
+                                            : make_float2(1.0f, 1.0f);
+      bias[j] = inside && p.bias != nullptr ? __ldg(reinterpret_cast<const float2*>(p.bias + column + 8 * j))
+                                            : make_float2(0.0f, 0.0f);
+    }
+  }
+};
+
+// One warpgroup: its 64 rows of the tile, box by box, through shared memory.
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors& factors,
+                                           const ProductMaps& maps, const ProductProblem& p, int row, int column,
+                                           uint32_t boxes, int warpgroup) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t to_row = (threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
+#pragma unroll
+  for (int box = 0; box < Tile::kColumns / 64; ++box) {
+    const uint32_t to = boxes + box % 2 * Tile::kBoxBytes;
+    uint32_t rounded[8][2];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float* d = sums + box * 32 + j * 4;
+      const float2 gain = factors.gain[j], bias = factors.bias[j];
+      rounded[j][0] = pack<T>(fmaf(d[0], gain.x, bias.x), fmaf(d[1], gain.y, bias.y));
+      rounded[j][1] = pack<T>(fmaf(d[2], gain.x, bias.x), fmaf(d[3], gain.y, bias.y));
+    }
+    if (box + 1 < Tile::kColumns / 64) factors.load(p, column + (box + 1) * 64 + lane % 4 * 2);
+    // The box that was here two boxes ago must have left.
+    if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
+    warpgroup_sync(1 + warpgroup);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      store_matrix_x4(to + to_row + ((j + lane / 16) ^ lane % 8) * 16,
+                      {rounded[j][0], rounded[j][1], rounded[j + 1][0], rounded[j + 1][1]});
+    }
+    stores_before_tma();
+    warpgroup_sync(1 + warpgroup);
+    if (threadIdx.x % 128 == 0) store_box(&maps.result, to, column + box * 64, row);
+  }
+}
+
+// A warpgroup that multiplies.
+template <typename T, typename Tile, bool RightTransposed>
+__device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const ProductProblem& p, uint32_t shared,
+                                               uint32_t loaded, uint32_t freed, int warpgroup) {
+  constexpr uint64_t kLeftStep = 32 >> 4, kRightStep = (RightTransposed ? 16 * 128 : 32) >> 4;
+  const int lane = threadIdx.x % 32;
+  const uint64_t left0 = describe_inner_contiguous(shared + warpgroup * 64 * Tile::kInner * 2);
+  const uint64_t right0 = RightTransposed ? describe_rows_contiguous(shared + Tile::kLeftBytes)
+                                          : describe_inner_contiguous(shared + Tile::kLeftBytes);
+  const int full = p.inner / Tile::kInner + p.tail / Tile::kInner;
+  const int rest_steps[2] = {(p.inner % Tile::kInner + 15) / 16, (p.tail % Tile::kInner + 15) / 16};
+
+  RingPlace<Tile::kStages> place;
+  TileWalk<Tile> tile(p);
+  while (tile.advance()) {
+    float sums[Tile::kColumns / 2];
+    int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
+    const auto multiply = [&](int step) {
+      const uint64_t at = static_cast<uint64_t>(place.stage * (Tile::kStageBytes >> 4));
+      multiply_k16<T, RightTransposed>(sums, left0 + at + step * kLeftStep, right0 + at + step * kRightStep,
+                                       accumulate);
+      accumulate = 1;
+    };
+    const auto free_stage = [&](int stage) {
+      if (stage >= 0 && lane < Tile::kCluster) barrier_arrive_at(freed + stage * 8, lane);
+    };
+    for (int i = 0; i < full; ++i) {
+      barrier_wait(loaded + place.stage * 8, place.parity);
+      products_begin();
+#pragma unroll
+      for (int step = 0; step < Tile::kInner / 16; ++step) multiply(step);
+      products_commit();
+      products_wait<1>();
+      free_stage(unfinished);
+      unfinished = place.stage;
+      place.advance();
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (rest_steps[i] == 0) continue;
+      barrier_wait(loaded + place.stage * 8, place.parity);
+      for (int step = 0; step < rest_steps[i]; ++step) {
+        products_begin();
+        multiply(step);
+        products_commit();
+      }
+      products_wait<0>();
+      free_stage(unfinished);
+      unfinished = place.stage;
+      place.advance();
+    }
+    const int row = tile.row + warpgroup * 64;
+    ColumnFactors factors;
+    factors.load(p, tile.column + lane % 4 * 2);
+    products_wait<0>();
+    sums_are_ready(sums);
+    free_stage(unfinished);
+    store_sums<T, Tile>(sums, factors, maps, p, row, tile.column,
+                        shared + Tile::kResultAt + warpgroup * 2 * Tile::kBoxBytes, warpgroup);
+  }
+  if (threadIdx.x % 128 == 0) stored_boxes_read<0>();
+}
+
+template <typename T, typename Tile, bool RightTransposed>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    product_kernel(const __grid_constant__ ProductMaps maps, const __grid_constant__ ProductProblem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  const uint32_t shared = shared_address(shared_bytes);
+  const uint32_t loaded = shared + Tile::kBarriersAt, freed = loaded + Tile::kStages * 8;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      barrier_init(loaded + stage * 8, 1);
+      barrier_init(freed + stage * 8, 8 * Tile::kCluster);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+  // The same in all lanes, and known to be so.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  if (warp >= 8) {
+    give_registers<40>();
+    if (threadIdx.x == 256) {
+      prefetch_map(&maps.left);
+      prefetch_map(&maps.right);
+      fetch_tiles<Tile, RightTransposed>(maps, p, shared, loaded, freed);
+    }
+  } else {
+    take_registers<232>();
+    multiply_tiles<T, Tile, RightTransposed>(maps, p, shared, loaded, freed, warp / 4);
+  }
+  // No block leaves while another may still reach into its shared memory.
+  __syncwarp();
+  cluster_sync();
+#endif
+}
+
+}  // namespace dora_ext
