@@ -10,6 +10,7 @@
 #include "launch.h"
 #include "nf4.cuh"
 #include "nf4_operands.h"
+#include "nf4_quantize.cuh"
 
 namespace dora_ext {
 namespace {
