@@ -115,7 +115,7 @@ struct HighRankCompose {
 template <typename T, int WM, int WN>
 __global__ void __launch_bounds__(32 * WM * WN, WN == 2 ? 2 : 1)
     compose_high_rank_kernel(ComposeProblem<T> p, int64_t tiles_per_block) {
-  using Tile = ProductTile<WM, WN, 4>;
+  using Tile = WalkTile<WM, WN, 4>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ __align__(16) float factors[4][Tile::kColumns];
   if (kBeforeAmpere) return;
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(32 * WM * WN, WN == 2 ? 2 : 1)
 template <typename T, int WM, int WN>
 bool launch_compose_high_rank(const ComposeProblem<T>& p, int resident, int multiprocessors, int64_t shared_limit,
                               cudaStream_t stream) {
-  using Tile = ProductTile<WM, WN, 4>;
+  using Tile = WalkTile<WM, WN, 4>;
   const int64_t factors = sizeof(float) * 4 * Tile::kColumns + 1024;
-  const ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), shared_limit / resident - factors);
+  const WalkMemory memory = walk_memory<Tile>(Tile::chunks(p.rank), shared_limit / resident - factors);
   const int64_t tiles = ceil_div<int64_t>(p.tokens, Tile::kRows) * ceil_div<int64_t>(p.out, Tile::kColumns);
   if (memory.besides == 0 || tiles * 2 < multiprocessors) return false;
   const int64_t per_block = ceil_div<int64_t>(tiles, int64_t{multiprocessors} * resident);
