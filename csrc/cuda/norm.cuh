@@ -56,7 +56,7 @@ bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice&
 // Every block walks the same number of tiles, whichever rows they are of.
 template <typename T, int WM, int WN, int NT, bool Aligned, bool Transposed>
 bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
-  constexpr int kBlocks = kHighRankBlocks<WN, NT>;
+  constexpr int kBlocks = kHighRankBlocks<NT>;
   using Tile = WalkTile<WM, WN, NT>;
   constexpr int64_t kScratch = 4096;  // static, and what the driver takes
   // Blocks that share a multiprocessor share its memory, unless that leaves them too little.

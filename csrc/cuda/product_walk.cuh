@@ -215,8 +215,6 @@ __device__ __forceinline__ void walk_product(Job& job, T* shared, int chunks, in
   // Copies of a beside tile that are asked for before the last kStages - 1 chunks have arrived when the tile is done.
   const int beside_chunks = two ? chunks : chunks - kStages + 1;
   const int parts = (Tile::kBesideParts + beside_chunks - 1) / beside_chunks;
-  // Of two warps of a block on one scheduler, one copies while the other has the tensor cores.
-  const bool copies_first = Tile::kThreads <= 128 || threadIdx.x < Tile::kThreads / 2;
   int stage = 0;
   TilePlace next = place;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -244,19 +242,15 @@ __device__ __forceinline__ void walk_product(Job& job, T* shared, int chunks, in
       stage = stage + 1 == kStages ? 0 : stage + 1;
       // After the last chunk of all this reads what lies there, and nobody uses it.
       load_fragments(fragments[0], stage, chunk + 1 == chunks ? 0 : chunk + 1, 0);
-      const auto copy = [&] {
-        load_ahead();
-        if (part < Tile::kBesideParts) {
-          const int end = part + parts < Tile::kBesideParts ? part + parts : Tile::kBesideParts;
-          job.load_beside(beside_to, beside_place, part, end);
-          part = end;
-        }
-        copy_commit();
-        job.meanwhile(place, chunk);
-      };
-      if (copies_first) copy();
+      load_ahead();
+      if (part < Tile::kBesideParts) {
+        const int end = part + parts < Tile::kBesideParts ? part + parts : Tile::kBesideParts;
+        job.load_beside(beside_to, beside_place, part, end);
+        part = end;
+      }
+      copy_commit();
+      job.meanwhile(place, chunk);
       multiply(fragments[1]);
-      if (!copies_first) copy();
     }
     job.finish(sums, besides + (two ? tile % 2 * Tile::kBeside : 0), place, tile + 1 == tiles || next.column == 0);
     place = next;
