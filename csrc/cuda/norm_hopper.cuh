@@ -199,6 +199,7 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
       if (lane % 4 != 0 || feature >= p.out) continue;
       p.partials[split * p.out + feature] = sum;
       if (walk.column + 1 < walk.columns) continue;
+#pragma unroll 1
       for (int64_t empty = split + 1; empty < splits; ++empty) p.partials[empty * p.out + feature] = 0.0f;
     }
   }
