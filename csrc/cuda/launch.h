@@ -52,6 +52,12 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Kernels load vectors; a view may start anywhere.
+inline at::Tensor aligned(const at::Tensor& t, uintptr_t bytes) {
+  const at::Tensor c = t.contiguous();
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % bytes == 0 ? c : c.clone();
+}
+
 // `t` must be contiguous and outlive the launch.
 inline FeatureVector feature_vector(const at::Tensor& t) {
   const auto d = t.scalar_type();
@@ -72,16 +78,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Of the current device: launchers size their grids by the first and choose their kernels by the others.
+// Of the current device: launchers size their grids by the first and choose their tiles by the second.
 inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 inline int shared_bytes_per_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
-// 90 for 9.0.
-inline int compute_capability() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+
+inline int capability() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor);
 }
 
 }  // namespace dora_ext

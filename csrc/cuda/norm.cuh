@@ -29,8 +29,8 @@ struct NormPlan {
 
 struct NormDevice {
   int multiprocessors;
-  int64_t shared_bytes;    // that one block can have
-  int compute_capability;  // 90 for 9.0
+  int64_t shared_bytes;  // that one block can have
+  int capability;        // the major number
 };
 
 // `resident`: blocks of this kernel that fit on a multiprocessor by their registers.
@@ -41,7 +41,7 @@ NormPlan<T> make_norm_plan(const NormProblem<T>& p, void (*kernel)(NormProblem<T
   const int64_t owned_tiles = (p.out + features - 1) / features;
   const Splits splits =
       split_walk(owned_tiles, (p.in + columns - 1) / columns, int64_t{device.multiprocessors} * resident);
-  return {kernel, threads, shared_bytes, owned_tiles, splits.count, splits, {}, 0};
+  return {kernel, threads, shared_bytes, owned_tiles, splits.count, splits};
 }
 
 template <typename T, int KT, int WM, int WN, bool Transposed>
@@ -74,9 +74,7 @@ bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice
           memory.bytes,
           (tiles + per_block - 1) / per_block,
           1,
-          {per_block, splits},
-          {},
-          0};
+          {per_block, splits}};
   return true;
 }
 
@@ -88,7 +86,7 @@ bool plan_hopper(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& d
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
   // With fewer slots the tensor cores wait for them. The tensor maps count in int.
-  if (device.compute_capability != 90 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
+  if (device.capability != 9 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
       reinterpret_cast<uintptr_t>(p.lora_B) % 16 != 0 || std::max(p.in, p.out) > INT32_MAX - 512) {
     return false;
   }

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
     NormProblem<T> problem{
         data<T>(w), data<T>(a), data<T>(b), out, in, a.size(1), static_cast<int>(a.size(0)), static_cast<Acc>(scaling),
         nullptr,    marks};
-    const NormDevice device{multiprocessors(), shared_bytes_per_block(), compute_capability()};
+    const NormDevice device{multiprocessors(), shared_bytes_per_block(), capability()};
     const NormPlan<T> plan = transposed ? plan_norm<T, true>(problem, device) : plan_norm<T, false>(problem, device);
     const Tensor partials = at::empty({plan.splits.count, out}, options);
     problem.partials = mutable_data<Acc>(partials);

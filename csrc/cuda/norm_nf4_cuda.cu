@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
                      cached == nullptr ? nullptr : mutable_data<float>(*cached)};
   if (out == 0) return {call.norm, call.gain};
   const cudaStream_t stream = current_stream();
-  const NormDevice device{multiprocessors(), shared_bytes_per_block(), compute_capability()};
+  const NormDevice device{multiprocessors(), shared_bytes_per_block(), capability()};
 
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
