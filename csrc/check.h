@@ -198,20 +198,6 @@ inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Ten
   check_scaling(op, scaling);
 }
 
-inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                         const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias, double scaling,
-                         bool transposed) {
-  check_float(op, "x", x);
-  check_adapter(op, weight, lora_A, lora_B, scaling, transposed);
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == lora_A.size(1), op, ": x: expected shape (..., ",
-                    text(lora_A.size(1)), ") for weight of shape ", text(weight.sizes()), ", got ", text(x.sizes()));
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": x: expected the dtype of weight, ",
-                   weight.scalar_type(), ", got ", x.scalar_type());
-  check_device(op, "x", x, "weight", weight);
-  check_feature(op, "magnitude", magnitude, lora_B.size(0), weight);
-  if (bias) check_feature(op, "bias", *bias, lora_B.size(0), weight);
-}
-
 inline void check_embedding(const char* op, const Tensor& ids, const Tensor& weight, const Tensor& lora_A,
                             const Tensor& lora_B, const Tensor& gain, double scaling) {
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op,
