@@ -167,6 +167,9 @@ template <typename Acc>
 __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
                                    const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   if (i >= out) return;
   Acc n;
   if (is_stale(fingerprint)) {
@@ -181,12 +184,22 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
   gain[i] = n > 0 ? magnitude.at<Acc>(i) / n : Acc(0);
 }
 
+// Early: it is set up while the kernel before it still runs, and waits for its end by itself.
 template <typename Acc>
 void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
-                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, cudaStream_t stream) {
-  const int threads = 128;
-  norm_finish_kernel<Acc><<<static_cast<unsigned>((out + threads - 1) / threads), threads, 0, stream>>>(
-      partials, splits, out, magnitude, fingerprint, cached, norm, gain);
+                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, bool early,
+                        cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(128);
+  config.gridDim = dim3(static_cast<unsigned>((out + config.blockDim.x - 1) / config.blockDim.x));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  cudaLaunchKernelEx(&config, norm_finish_kernel<Acc>, partials, splits, out, magnitude, fingerprint, cached, norm,
+                     gain);
 }
 
 }  // namespace dora_ext
