@@ -17,21 +17,16 @@ namespace dora_ext {
 
 constexpr int kMostRowTiles = 64;  // of 16 rows, in a block: their sums wait in shared memory
 
-// kWidth columns in a row, kPieces times, 4 kWidth columns apart, are a lane's. kFolded: the scaling is a power of two
-// and T is bf16, so that A can hold it and an mma can add W.
-template <int KT_, int kWarps_, int kWidth_, int kPieces_, bool kFolded_>
+// kWidth columns in a row, kPieces times, 4 kWidth columns apart, are a lane's.
+template <int KT_, int kWarps_, int kWidth_, int kPieces_>
 struct RowTile {
   static constexpr int KT = KT_, kWarps = kWarps_, kWidth = kWidth_, kPieces = kPieces_;
-  static constexpr bool kFolded = kFolded_;
-  // Rank 64 has no registers to spare: not for rows of B a tile ahead, and not for all of A.
-  static constexpr bool kEarlyB = KT < 4;
-  static constexpr int kHeld = KT;  // steps of A in registers; the rest waits in shared memory
+  static constexpr bool kEarlyB = KT < 4;  // lora_B's rows come a tile ahead, registers permitting
   static constexpr int kPairs = kWidth / 2;
   static constexpr int kColumns = 4 * kWidth * kPieces;  // of a warp
   static constexpr int kBlockColumns = kWarps * kColumns;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRank = 16 * KT;
-  static constexpr int kBytesA = 8 * kThreads * kPieces * kPairs * (KT - kHeld);
 };
 
 // The warp's columns of A, zeros outside. pitch_A and in are multiples of 8 and of kWidth; A is 16-byte aligned.
@@ -59,13 +54,6 @@ __device__ __forceinline__ void load_columns_of_A(uint32_t (&a)[Tile::kPieces * 
         a[pair + 1][s / 2][s % 2] = __byte_perm(row[0].y, row[1].y, parity);
         a[pair + 2][s / 2][s % 2] = __byte_perm(row[0].z, row[1].z, parity);
         a[pair + 3][s / 2][s % 2] = __byte_perm(row[0].w, row[1].w, parity);
-        if constexpr (Tile::kFolded) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 v = unpack<T>(a[pair + i][s / 2][s % 2]);
-            a[pair + i][s / 2][s % 2] = pack<T>(p.scaling * v.x, p.scaling * v.y);
-          }
-        }
       }
     }
   }
@@ -107,12 +95,12 @@ struct RowsOfB {
   }
 };
 
-// The block's rows of its strip. `shared`: row_bytes<Tile>(tiles_per_block).
+// The block's rows of its strip. `sums`: (kWarps, 16 tiles_per_block) in shared memory.
 //   source.fetch    asks for a lane's part of a row of the next tile       source.advance   to the tile after
 //   source.prepare  makes a part ready                                     source.pair      two weights of it
 template <typename Tile, typename T, typename Source>
 __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles_per_block, Source& source,
-                                          unsigned char* shared) {
+                                          float* sums) {
   constexpr int KT = Tile::KT;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column0 = blockIdx.y * static_cast<int64_t>(Tile::kBlockColumns) + warp * Tile::kColumns;
@@ -142,15 +130,6 @@ __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles
   if (Tile::kEarlyB) fetch_b(next_b, 0);
   uint32_t a[Tile::kPieces * Tile::kPairs][KT][2];
   load_columns_of_A<Tile>(a, p, column0);
-  // Each lane's own: nobody else reads them.
-  uint2* const waiting = reinterpret_cast<uint2*>(shared) + threadIdx.x;
-  const auto place_of = [](int i, int s) { return (i * (KT - Tile::kHeld) + s - Tile::kHeld) * Tile::kThreads; };
-#pragma unroll
-  for (int i = 0; i < Tile::kPieces * Tile::kPairs; ++i) {
-#pragma unroll
-    for (int s = Tile::kHeld; s < KT; ++s) waiting[place_of(i, s)] = make_uint2(a[i][s][0], a[i][s][1]);
-  }
-  float* const sums = reinterpret_cast<float*>(shared + Tile::kBytesA);  // (kWarps, 16 tiles_per_block)
   source.share();
 
   for (int row = 0; row < rows; row += 16) {
@@ -169,16 +148,14 @@ __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles
     for (int i = 0; i < Tile::kPieces * Tile::kPairs; ++i) {
       const float2 w[2] = {source.pair(weight, 0, i), source.pair(weight, 1, i)};
       float d[4] = {};
-      if (Tile::kFolded) d[0] = w[0].x, d[1] = w[0].y, d[2] = w[1].x, d[3] = w[1].y;
 #pragma unroll
       for (int s = 0; s < KT; ++s) {
-        const uint2 v = s < Tile::kHeld ? make_uint2(a[i][s][0], a[i][s][1]) : waiting[place_of(i, s)];
-        mma_m16n8k16<T>(d, {b[0][2 * s], b[1][2 * s], b[0][2 * s + 1], b[1][2 * s + 1]}, {v.x, v.y});
+        mma_m16n8k16<T>(d, {b[0][2 * s], b[1][2 * s], b[0][2 * s + 1], b[1][2 * s + 1]}, a[i][s]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float first = Tile::kFolded ? d[2 * half] : fmaf(p.scaling, d[2 * half], w[half].x);
-        const float second = Tile::kFolded ? d[2 * half + 1] : fmaf(p.scaling, d[2 * half + 1], w[half].y);
+        const float first = fmaf(p.scaling, d[2 * half], w[half].x);
+        const float second = fmaf(p.scaling, d[2 * half + 1], w[half].y);
         sum[half][0] = fmaf(first, first, sum[half][0]);
         sum[half][1] = fmaf(second, second, sum[half][1]);
       }
@@ -243,8 +220,8 @@ struct DenseRows {
 };
 
 template <typename Tile>
-constexpr int64_t row_bytes(int64_t tiles_per_block) {
-  return Tile::kBytesA + 4 * 16 * Tile::kWarps * tiles_per_block;
+constexpr int64_t row_sums_bytes(int64_t tiles_per_block) {
+  return 4 * 16 * Tile::kWarps * tiles_per_block;
 }
 
 template <typename T, typename Tile, int kResident>
@@ -253,19 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   if (!is_stale(p.fingerprint)) return;
   DenseRows<T, Tile> source{p};
-  walk_rows<Tile>(p, tiles_per_block, source, shared_bytes);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Launch
-
-// `slots` blocks run at once.
-template <typename Tile>
-Splits split_rows(int64_t out, int64_t in, int64_t slots) {
-  const int64_t row_tiles = (out + 15) / 16;
-  const Splits splits = split_walk((in + Tile::kBlockColumns - 1) / Tile::kBlockColumns, row_tiles, slots);
-  if (splits.tiles <= kMostRowTiles) return splits;
-  return {kMostRowTiles, static_cast<int>((row_tiles + kMostRowTiles - 1) / kMostRowTiles)};
+  walk_rows<Tile>(p, tiles_per_block, source, reinterpret_cast<float*>(shared_bytes));
 }
 
 }  // namespace dora_ext

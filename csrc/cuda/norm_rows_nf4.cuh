@@ -89,7 +89,8 @@ struct Nf4Rows {
   __device__ __forceinline__ float2 pair(const Part& part, int half, int i) const {
     const uint32_t place = __byte_perm(part.words[half][i / 4], lane_place, 0x5504 | i % 4 << 4);
     const float2 v = *reinterpret_cast<const float2*>(table + place);
-    return make_float2(round_to<T>(multiply_ftz(v.x, part.scale[half])), round_to<T>(multiply_ftz(v.y, part.scale[half])));
+    return make_float2(round_to<T>(multiply_ftz(v.x, part.scale[half])),
+                       round_to<T>(multiply_ftz(v.y, part.scale[half])));
   }
 };
 
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kResident)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   if (kNf4TableBytes >= kSharedLimit || !is_stale(p.fingerprint)) return;
   Nf4Rows<T, Tile> source{p, matrix, shared_bytes};
-  walk_rows<Tile>(p, tiles_per_block, source, shared_bytes + kNf4TableBytes + kNf4CodeBytes);
+  walk_rows<Tile>(p, tiles_per_block, source, reinterpret_cast<float*>(shared_bytes + kNf4TableBytes + kNf4CodeBytes));
 }
 
 }  // namespace dora_ext
