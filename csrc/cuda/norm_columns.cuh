@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_columns(uint32_t (&a)[2][2 * KT], const Nor
 }
 
 template <typename T, typename Tile, int kResident>
-__global__ void __launch_bounds__(Tile::kThreads, kResident)
+__global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_columns_kernel(NormProblem<T> p, int64_t tiles_per_block) {
   constexpr int KT = Tile::KT, kPairs = Tile::kPieces * Tile::kPairs;
   if (!is_stale(p.fingerprint)) return;

@@ -224,8 +224,12 @@ constexpr int64_t row_sums_bytes(int64_t tiles_per_block) {
   return 4 * 16 * Tile::kWarps * tiles_per_block;
 }
 
+// Blocks on a multiprocessor that registers are kept for. sm_75 needs them to do what it has no instructions for.
+template <int kWanted>
+constexpr int kRowBlocks = kBeforeAmpere ? 1 : kWanted;
+
 template <typename T, typename Tile, int kResident>
-__global__ void __launch_bounds__(Tile::kThreads, kResident)
+__global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_rows_kernel(NormProblem<T> p, int64_t tiles_per_block) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   if (!is_stale(p.fingerprint)) return;

@@ -95,7 +95,7 @@ struct Nf4Rows {
 };
 
 template <typename T, typename Tile, int kResident>
-__global__ void __launch_bounds__(Tile::kThreads, kResident)
+__global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_nf4_rows_kernel(NormProblem<T> p, Nf4Matrix matrix, int64_t tiles_per_block) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   if (kNf4TableBytes >= kSharedLimit || !is_stale(p.fingerprint)) return;
