@@ -1,4 +1,4 @@
-"""The CUDA norms of packed weights by shape: each case is a path through csrc/cuda/norm_nf4.cuh or an edge of a tile."""
+"""The CUDA norms of packed weights by shape: each case is a path through norm_nf4.cuh or an edge of a tile."""
 
 import pytest
 import torch
