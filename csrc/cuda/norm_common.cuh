@@ -1,10 +1,7 @@
-// What the norm kernels share. All of them form tiles of W + s B A, square them and add them up along `in`:
-//
-//   owned tiles (blockIdx.x) of output features  x  splits (blockIdx.y) of the walked dimension `in`
-//
-// A block owns features, walks its share of `in`, and writes one sum of squares per feature and split to `partials`.
-// The finishing kernel adds the splits in their order (the same bits each time), takes the root and divides. A second
-// launch rather than a ticket: tickets need memory that is zero before, which costs a launch too.
+// What the norm kernels share. All of them form tiles of W + s B A, square them and add them up along `in`; a block
+// writes one sum of squares for each of its features to its row of `partials`. The finishing kernel adds the rows in
+// their order (the same bits each time), takes the root and divides. A second launch rather than a ticket: tickets need
+// memory that is zero before, which costs a launch too.
 #pragma once
 
 #include <algorithm>
