@@ -117,12 +117,6 @@ inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const 
                lora_B.size(0));
 }
 
-inline void check_scaled_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
-                                double scaling, bool transposed) {
-  check_adapter("dora_ext::scaled_weight", weight, lora_A, lora_B, scaling, transposed);
-  check_feature("dora_ext::scaled_weight", "gain", gain, lora_B.size(0), weight);
-}
-
 // The output-shaped tensor `t` (…, out) or (batch, out, …) and what goes with it; returns the number of features.
 inline int64_t check_features_dim(const char* op, const char* name, const Tensor& t, bool channels_first) {
   check_float(op, name, t);

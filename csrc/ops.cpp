@@ -20,12 +20,6 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
       " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
 
-  // g * (W + s B A), in W's layout and dtype, rounded once: what a gradient or an input is multiplied by where the
-  // layer is one product. A and B are cast to W's dtype.
-  m.def(
-      "scaled_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling, bool transposed=False)"
-      " -> Tensor");
-
   // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
   m.def(
@@ -133,11 +127,6 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_nf4_cached(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
       " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
-  // scaled_weight of a W (out, in) that is packed in NF4, of and in `dtype`.
-  m.def(
-      "scaled_weight_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
-      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
-      " Tensor gain, float scaling) -> Tensor");
   // linear over W (out, in) packed in NF4, cast to x's dtype: unpacked inside, so that no graph can keep it. rest, of
   // x's shape, goes through W alone (what dropout took away): total = y + rest W^T, empty without it. dense: W in x's
   // dtype, where it had to be made before.

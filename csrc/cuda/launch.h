@@ -52,6 +52,12 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Kernels load vectors; a view may start anywhere.
+inline at::Tensor aligned(const at::Tensor& t, uintptr_t bytes) {
+  const at::Tensor c = t.contiguous();
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % bytes == 0 ? c : c.clone();
+}
+
 // `t` must be contiguous and outlive the launch.
 inline FeatureVector feature_vector(const at::Tensor& t) {
   const auto d = t.scalar_type();
@@ -78,6 +84,10 @@ inline int multiprocessors() {
 }
 inline int shared_bytes_per_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline int capability() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor);
 }
 
 }  // namespace dora_ext
