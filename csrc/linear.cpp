@@ -117,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   const Tensor tokens = as_tokens(x);
   check_shape(op, "h", h, {tokens.size(0), lora_A.size(0)});
   const Tensor grad = as_tokens(grad_y.to(dtype));
-  const Tensor n = norm.to(accumulate_type(dtype));  // NF4's are fp32, also where x is fp64
-  const Tensor none = at::empty({0}, x.options());
-  Tensor G, P, grad_x = none, grad_A = none, grad_B = none, grad_m = none, grad_b = none;
+  const Tensor n = norm.to(accumulate_type(dtype));               // NF4's are fp32, also where x is fp64
+  const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
+  Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
 
   if (y || !want_m) {
     const int64_t wanted = (want_x ? kWantG : 0) | (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) |
@@ -137,11 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
-  grad_m = want_m ? grad_m.to(magnitude.scalar_type()) : none;
-  grad_b = want_b ? grad_b.to(bias->scalar_type()) : none;
   if (want_A) grad_A = product_for(lora_A, P.t(), tokens);
   if (want_x) grad_x = backward_product(G, weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
-  return {grad_x, grad_A, grad_B, grad_m, grad_b};
+  return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
+          want_m ? grad_m.to(magnitude.scalar_type()) : none(), want_b ? grad_b.to(bias->scalar_type()) : none()};
 }
 
 }  // namespace

@@ -116,6 +116,27 @@ def test_compose_of_strided_and_offset_tensors(device, dtype):
     )
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("off", ["nothing", "base", "h", "lora_B"])
+@pytest.mark.parametrize(
+    ("tokens", "out", "r"), [(1000, 1160, 65), (2100, 520, 100), (1000, 1032, 384), (513, 2056, 512), (1100, 1032, 136)]
+)
+def test_compose_high_ranks(dtype, off, tokens, out, r):
+    """Enough tiles for the kernel that walks them, whose last rows and columns are cut off; views off 16 bytes."""
+    tensors = {"base": (tokens, out), "h": (tokens, r), "lora_B": (out, r)}
+    for name, shape in tensors.items():
+        flat = randn(shape[0] * shape[1] + 1, dtype=dtype, device="cuda", scale=r**-0.5 if name == "lora_B" else 1.0)
+        tensors[name] = (flat[1:] if name == off else flat[:-1]).view(shape)
+    gain, bias = features(out, dtype, "cuda", True)
+    for delta in (False, True):
+        y = torch.ops.dora_ext.compose(*tensors.values(), gain, bias, 0.7, delta)
+        assert_close(y, composed(*tensors.values(), gain, bias, 0.7, delta), TOLERANCE[dtype])
+        assert torch.equal(torch.ops.dora_ext.compose(*tensors.values(), gain, bias, 0.7, delta), y)
+    torch.ops.dora_ext.compose_(*tensors.values(), gain, bias, 0.7, True)
+    assert torch.equal(tensors["base"], y)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_compose_takes_wider_parameters_and_leading_dimensions(device):
     base = randn(3, 5, 48, dtype=torch.bfloat16, device=device)

@@ -27,6 +27,17 @@ SHAPES = [
     pytest.param(3, 14336, 8, id="long rows"),
     pytest.param(70000, 64, 4, id="more tiles than blocks may have"),
 ]
+# Half precision, past norm_low_rank.cuh
+HIGH_RANKS = [
+    pytest.param(257, 520, 72, id="a chunk of 8 ranks at the end"),
+    pytest.param(129, 1032, 100, id="lora_B's rows off 16 bytes"),
+    pytest.param(8, 264, 104, id="fewer features than a tile"),
+    pytest.param(384, 776, 384, id="rank 384"),
+    pytest.param(300, 256, 512, id="rank 512"),
+    pytest.param(130, 520, 584, id="more than stays in Hopper's shared memory"),
+    pytest.param(17000, 520, 136, id="blocks that walk on to other rows"),
+    pytest.param(200, 40000, 80, id="rows of many blocks"),
+]
 BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
@@ -57,8 +68,18 @@ def test_shapes(out, inn, r, transposed, dtype):
     expect_norm(result, tensors, 1.7, transposed, BOUNDS[dtype])
 
 
+@pytest.mark.parametrize(("out", "inn", "r"), HIGH_RANKS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_high_ranks(out, inn, r, transposed, dtype):
+    tensors = kernel_inputs(out, inn, r, dtype, transposed)
+    first = torch.ops.dora_ext.norm(*tensors, 0.7, transposed)
+    expect_norm(first, tensors, 0.7, transposed)
+    assert all(map(torch.equal, torch.ops.dora_ext.norm(*tensors, 0.7, transposed), first))
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("r", [4, 100])
+@pytest.mark.parametrize("r", [4, 100, 104])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_zero_rows(dtype, r, transposed):
     tensors = kernel_inputs(80, 96, r, dtype, transposed, zero_rows=(0, 63, 64, 79))
@@ -83,10 +104,11 @@ def test_magnitude_of_another_dtype(magnitude, dtype):
     expect_norm(torch.ops.dora_ext.norm(*tensors, 1.0, False), tensors, 1.0)
 
 
+@pytest.mark.parametrize("r", [16, 96])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_views(transposed):
+def test_views(transposed, r):
     """Off 16 bytes, strided, expanded, and the other layout seen through .T."""
-    weight, lora_A, lora_B, magnitude = kernel_inputs(96, 160, 16, transposed=transposed)
+    weight, lora_A, lora_B, magnitude = kernel_inputs(96, 160, r, transposed=transposed)
     views = {
         "off 16 bytes": (torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view_as(weight), lora_A, lora_B),
         "lora_A off 16 bytes": (
@@ -153,7 +175,7 @@ class Cache:
         return self.fingerprint[3].item()
 
 
-@pytest.mark.parametrize(("out", "inn", "r"), [(1, 1, 1), (7, 13, 3), (136, 264, 16), (264, 392, 100)])
+@pytest.mark.parametrize(("out", "inn", "r"), [(1, 1, 1), (7, 13, 3), (136, 264, 16), (264, 392, 100), (264, 392, 104)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_cached_sees_what_changed(out, inn, r, transposed, dtype):

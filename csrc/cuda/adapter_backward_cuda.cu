@@ -21,8 +21,7 @@ bool fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Te
   };
   return (dtype == at::kBFloat16 || dtype == at::kHalf) && (wide == dtype || wide == at::kFloat) && grad.numel() > 0 &&
          grad.size(1) % 8 == 0 && rank > 0 && rank <= 32 && rank % 8 == 0 && aligned(grad) && (!y || aligned(*y)) &&
-         aligned(h) && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-         shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
+         aligned(h) && capability() >= 80 && shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
 }
 
 template <typename T, int KT>
@@ -33,8 +32,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
   const Tensor n = norm.to(at::kFloat).contiguous(), g = gain.to(at::kFloat).contiguous();
   const Tensor B = lora_B.contiguous(), b = bias ? bias->contiguous() : Tensor();
   const AdapterBackwardPlan plan = plan_adapter_backward<KT>(tokens, out, multiprocessors());
-  const Tensor none = at::empty({0}, grad.options());
-  const Tensor G = mask & kWantG ? at::empty_like(grad) : none;
+  const Tensor G = mask & kWantG ? at::empty_like(grad) : at::empty({0}, grad.options());
   const Tensor P = at::empty({tokens, rank}, grad.options()), grad_B = at::empty({out, rank}, lora_B.options());
   const auto options = n.options();
   const Tensor grad_m = at::empty({out}, options), grad_b = at::empty({out}, options);
@@ -68,7 +66,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
     finish(mutable_data<T>(grad_B));
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {G, P, grad_B, mask & kWantMagnitude ? grad_m : none, grad_b};
+  return {G, P, grad_B, mask & kWantMagnitude ? grad_m : at::empty({0}, options), grad_b};
 }
 
 AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor& y, const Tensor& h,

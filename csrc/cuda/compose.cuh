@@ -23,15 +23,14 @@ bool plan_compose_high_rank(const ComposeProblem<T>& p, cudaStream_t stream) {
   if (major < 8) return false;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return launch_compose_high_rank<T, 2, 4>(p, 1, multiprocessors, shared, stream) ||
-         launch_compose_high_rank<T, 2, 2>(p, 1, multiprocessors, shared, stream);
+  return launch_compose_high_rank(p, multiprocessors, shared, stream);
 }
 
 template <typename T>
 void launch_compose_features_last(const ComposeProblem<T>& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.out == 0) return;
   if constexpr (sizeof(T) == 2) {
-    if (!plan_compose_high_rank(p, stream)) launch_compose_mma<T, 4, 2, 2, 2>(p, stream);
+    if (!plan_compose_high_rank(p, stream)) launch_compose_mma(p, stream);
   } else {
     launch_compose_fma<false>(p, stream);
   }

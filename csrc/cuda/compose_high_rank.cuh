@@ -111,11 +111,14 @@ struct HighRankCompose {
   }
 };
 
+// Two blocks on a multiprocessor: one multiplies while the other one stores.
+using HighRankComposeTile = WalkTile<2, 2, 4>;
+
 // base and result start on 16 bytes, and out is a multiple of 8.
-template <typename T, int WM, int WN>
-__global__ void __launch_bounds__(32 * WM * WN, WN == 2 ? 2 : 1)
+template <typename T>
+__global__ void __launch_bounds__(HighRankComposeTile::kThreads, 2)
     compose_high_rank_kernel(ComposeProblem<T> p, int64_t tiles_per_block) {
-  using Tile = ProductTile<WM, WN, 4>;
+  using Tile = HighRankComposeTile;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ __align__(16) float factors[4][Tile::kColumns];
   if (kBeforeAmpere) return;
@@ -128,16 +131,21 @@ __global__ void __launch_bounds__(32 * WM * WN, WN == 2 ? 2 : 1)
 }
 
 // False: it does not fit, or has too little to do to fill the device.
-template <typename T, int WM, int WN>
-bool launch_compose_high_rank(const ComposeProblem<T>& p, int resident, int multiprocessors, int64_t shared_limit,
+template <typename T>
+bool launch_compose_high_rank(const ComposeProblem<T>& p, int multiprocessors, int64_t shared_limit,
                               cudaStream_t stream) {
-  using Tile = ProductTile<WM, WN, 4>;
+  using Tile = HighRankComposeTile;
   const int64_t factors = sizeof(float) * 4 * Tile::kColumns + 1024;
-  const ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), shared_limit / resident - factors);
+  int64_t resident = 2;
+  WalkMemory memory = walk_memory<Tile>(Tile::chunks(p.rank), shared_limit / 2 - factors);
+  if (memory.besides == 0) {
+    resident = 1;
+    memory = walk_memory<Tile>(Tile::chunks(p.rank), shared_limit - factors);
+  }
   const int64_t tiles = ceil_div<int64_t>(p.tokens, Tile::kRows) * ceil_div<int64_t>(p.out, Tile::kColumns);
   if (memory.besides == 0 || tiles * 2 < multiprocessors) return false;
-  const int64_t per_block = ceil_div<int64_t>(tiles, int64_t{multiprocessors} * resident);
-  const auto kernel = compose_high_rank_kernel<T, WM, WN>;
+  const int64_t per_block = ceil_div<int64_t>(tiles, multiprocessors * resident);
+  const auto kernel = compose_high_rank_kernel<T>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory.bytes));
   kernel<<<static_cast<unsigned>(ceil_div(tiles, per_block)), Tile::kThreads, memory.bytes, stream>>>(p, per_block);
   return true;

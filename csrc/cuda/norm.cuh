@@ -1,6 +1,7 @@
 // norm: n = |W + s B A| per output feature. Which kernel computes it for which dtype, rank and device, and its launch.
 //
 //   fp16, bf16   rank <= 64   norm_rows.cuh, norm_columns.cuh   W goes from memory into registers, once
+//                to 512       norm_hopper.cuh                   on Hopper, W (out, in): the same by wgmma
 //                any          norm_high_rank.cuh                a product in chunks of the rank; also odd sizes
 //   fp32, fp64                norm_fma.cuh
 //   norm_cached               norm_fingerprint.cuh decides on the device whether the above has anything to do
@@ -10,6 +11,7 @@
 #include "norm_common.cuh"
 #include "norm_fma.cuh"
 #include "norm_high_rank.cuh"
+#include "norm_hopper.cuh"
 #include "norm_rows.cuh"
 
 namespace dora_ext {
@@ -21,12 +23,15 @@ struct NormPlan {
   int64_t shared_bytes;
   int64_t blocks_x, blocks_y;
   Splits splits;  // tiles per block, and rows of partials
+  // Instead of `kernel`, where slots > 0.
+  HopperNormMaps maps;
+  int slots;
 };
 
 struct NormDevice {
   int multiprocessors;
   int64_t shared_bytes;  // that one block can have
-  int capability;        // the major number
+  int capability;        // 90 for 9.0
 };
 
 template <typename T>
@@ -62,12 +67,12 @@ bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice&
 // Every block walks the same number of tiles, whichever rows they are of.
 template <typename T, int WM, int WN, int NT, bool Aligned, bool Transposed>
 bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
-  constexpr int kBlocks = kHighRankBlocks<WN, NT>;
-  using Tile = ProductTile<WM, WN, NT>;
+  constexpr int kBlocks = kHighRankBlocks<NT>;
+  using Tile = WalkTile<WM, WN, NT>;
   constexpr int64_t kScratch = 4096;  // static, and what the driver takes
   // Blocks that share a multiprocessor share its memory, unless that leaves them too little.
-  ProductMemory memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes / kBlocks - kScratch);
-  if (memory.besides == 0) memory = product_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes - kScratch);
+  WalkMemory memory = walk_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes / kBlocks - kScratch);
+  if (memory.besides == 0) memory = walk_memory<Tile>(Tile::chunks(p.rank), device.shared_bytes - kScratch);
   if (memory.besides == 0) return false;
   const int64_t resident = std::min<int64_t>(kBlocks, device.shared_bytes / memory.bytes);
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
@@ -80,7 +85,39 @@ bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice
           memory.bytes,
           (tiles + per_block - 1) / per_block,
           1,
-          {per_block, splits}};
+          {per_block, splits},
+          {},
+          0};
+  return true;
+}
+
+// The problem is aligned as far as W and A go.
+template <typename T>
+bool plan_hopper(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
+  using Tile = HopperNorm;
+  const int slots = Tile::slots(p.rank, device.shared_bytes);
+  const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
+  const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
+  // With fewer slots the tensor cores wait for them. The tensor maps count in int.
+  if (device.capability != 90 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
+      reinterpret_cast<uintptr_t>(p.lora_B) % 16 != 0 || std::max(p.in, p.out) > INT32_MAX - 512) {
+    return false;
+  }
+  HopperNormMaps maps;
+  if (!encode_map<T>(&maps.weight, {p.weight, p.in, p.out, p.in}, Tile::kRows) ||
+      !encode_map<T>(&maps.lora_A, {p.lora_A, p.in, p.rank, p.pitch_A}, Tile::kInner) ||
+      !encode_map<T>(&maps.lora_B, {p.lora_B, p.rank, p.out, p.rank}, Tile::kRows)) {
+    return false;
+  }
+  const int64_t per_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  plan = {nullptr,
+          Tile::kThreads,
+          Tile::shared_bytes(p.rank, slots),
+          (tiles + per_block - 1) / per_block,
+          1,
+          {per_block, static_cast<int>(high_rank_splits(columns, per_block))},
+          maps,
+          slots};
   return true;
 }
 
@@ -107,11 +144,15 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
                plan_low_rank<T, RowTile<4, 8, 8, 1>, 2, false>(plan, p, device);
       }
     };
-    [[maybe_unused]] const bool planned = aligned ? low_rank() ||
-                                                        plan_high_rank<T, 2, 4, 4, true, Transposed>(plan, p, device) ||
-                                                        plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device) ||
-                                                        plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device)
-                                                  : plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device);
+    const auto plan_aligned = [&] {
+      if (low_rank()) return true;
+      if constexpr (!Transposed) {
+        if (plan_hopper<T>(plan, p, device)) return true;
+      }
+      return plan_high_rank<T, 2, 2, 4, true, Transposed>(plan, p, device) ||
+             plan_high_rank<T, 1, 4, 1, true, Transposed>(plan, p, device);
+    };
+    if (!aligned || !plan_aligned()) plan_high_rank<T, 1, 4, 1, false, Transposed>(plan, p, device);
   }
   return plan;
 }
@@ -119,11 +160,19 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
 template <typename T>
 void launch_norm(const NormPlan<T>& plan, const NormProblem<T>& p, cudaStream_t stream) {
   if (plan.splits.count == 0) return;  // in = 0: the finishing kernel adds up nothing
-  if (plan.shared_bytes > 0) {
-    cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-  }
   const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
-  plan.kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(p, plan.splits.tiles);
+  const auto launch = [&](auto* kernel, const auto&... args) {
+    if (plan.shared_bytes > 0) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    }
+    kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(args...);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (plan.slots > 0) {
+      return launch(norm_hopper_kernel<T>, plan.maps, p, plan.splits.tiles, plan.slots);
+    }
+  }
+  launch(plan.kernel, p, plan.splits.tiles);
 }
 
 }  // namespace dora_ext

@@ -172,7 +172,7 @@ void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVec
   config.gridDim = dim3(static_cast<unsigned>((out + config.blockDim.x - 1) / config.blockDim.x));
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = capability >= 9 && waits ? 1 : 0;
+  config.numAttrs = capability >= 90 && waits ? 1 : 0;
   cudaLaunchKernelEx(&config, norm_finish_kernel<Acc>, partials, splits, out, magnitude, fingerprint, cached, norm,
                      gain);
 }

@@ -108,15 +108,13 @@ struct HighRankNorm {
 };
 
 // Blocks that run at once on a multiprocessor, as far as registers go.
-template <int WN, int NT>
-constexpr int kHighRankBlocks = NT == 1   ? 3
-                                : WN == 2 ? 2
-                                          : 1;
+template <int NT>
+constexpr int kHighRankBlocks = NT == 1 ? 3 : 2;
 
 template <typename T, int WM, int WN, int NT, bool Aligned, bool Transposed>
-__global__ void __launch_bounds__(32 * WM * WN, kHighRankBlocks<WN, NT>)
+__global__ void __launch_bounds__(32 * WM * WN, kHighRankBlocks<NT>)
     norm_high_rank_kernel(NormProblem<T> p, int64_t tiles_per_block) {
-  using Tile = ProductTile<WM, WN, NT>;
+  using Tile = WalkTile<WM, WN, NT>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ float scratch[Tile::kWarpsN * Tile::kRows];
   if (Tile::kLeastBytes > kSharedLimit || !is_stale(p.fingerprint)) return;

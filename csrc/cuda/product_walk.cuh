@@ -16,7 +16,7 @@
 namespace dora_ext {
 
 template <int WM, int WN, int NT>
-struct ProductTile {
+struct WalkTile {
   static constexpr int kWarpsM = WM, kWarpsN = WN, kColumnFragments = NT;
   static constexpr int kThreads = 32 * WM * WN;
   static constexpr int kRows = 64 * WM, kColumns = 16 * NT * WN;
@@ -34,7 +34,7 @@ struct ProductTile {
 };
 
 // How the shared memory of a block is used.
-struct ProductMemory {
+struct WalkMemory {
   int left_slots;  // kStages, or the number of chunks: resident
   int besides;     // 1 or 2; 0: the tile does not fit at all
   int64_t bytes;
@@ -42,7 +42,7 @@ struct ProductMemory {
 
 // The first that fits in `limit` bytes. A kernel gives the bytes that it was launched with, and finds the same answer.
 template <typename Tile>
-__host__ __device__ inline ProductMemory product_memory(int chunks, int64_t limit) {
+__host__ __device__ inline WalkMemory walk_memory(int chunks, int64_t limit) {
   for (int choice = 0; choice < 4; ++choice) {
     const int left_slots = choice < 2 ? chunks : Tile::kStages, besides = 2 - choice % 2;
     const int64_t bytes =
@@ -140,7 +140,7 @@ template <typename T, typename Tile, typename Job>
 __device__ __forceinline__ void walk_product(Job& job, T* shared, int chunks, int64_t columns, int64_t all_tiles,
                                              int64_t tiles_per_block) {
   constexpr int NT = Tile::kColumnFragments, kStages = Tile::kStages;
-  const ProductMemory memory = product_memory<Tile>(chunks, dynamic_shared_bytes());
+  const WalkMemory memory = walk_memory<Tile>(chunks, dynamic_shared_bytes());
   const bool resident = memory.left_slots == chunks, two = memory.besides == 2;
   T* rights = shared;
   T* lefts = rights + kStages * Tile::kRight;
@@ -215,8 +215,6 @@ __device__ __forceinline__ void walk_product(Job& job, T* shared, int chunks, in
   // Copies of a beside tile that are asked for before the last kStages - 1 chunks have arrived when the tile is done.
   const int beside_chunks = two ? chunks : chunks - kStages + 1;
   const int parts = (Tile::kBesideParts + beside_chunks - 1) / beside_chunks;
-  // Of two warps of a block on one scheduler, one copies while the other has the tensor cores.
-  const bool copies_first = Tile::kThreads <= 128 || threadIdx.x < Tile::kThreads / 2;
   int stage = 0;
   TilePlace next = place;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -244,19 +242,15 @@ __device__ __forceinline__ void walk_product(Job& job, T* shared, int chunks, in
       stage = stage + 1 == kStages ? 0 : stage + 1;
       // After the last chunk of all this reads what lies there, and nobody uses it.
       load_fragments(fragments[0], stage, chunk + 1 == chunks ? 0 : chunk + 1, 0);
-      const auto copy = [&] {
-        load_ahead();
-        if (part < Tile::kBesideParts) {
-          const int end = part + parts < Tile::kBesideParts ? part + parts : Tile::kBesideParts;
-          job.load_beside(beside_to, beside_place, part, end);
-          part = end;
-        }
-        copy_commit();
-        job.meanwhile(place, chunk);
-      };
-      if (copies_first) copy();
+      load_ahead();
+      if (part < Tile::kBesideParts) {
+        const int end = part + parts < Tile::kBesideParts ? part + parts : Tile::kBesideParts;
+        job.load_beside(beside_to, beside_place, part, end);
+        part = end;
+      }
+      copy_commit();
+      job.meanwhile(place, chunk);
       multiply(fragments[1]);
-      if (!copies_first) copy();
     }
     job.finish(sums, besides + (two ? tile % 2 * Tile::kBeside : 0), place, tile + 1 == tiles || next.column == 0);
     place = next;
