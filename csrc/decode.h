@@ -1,5 +1,5 @@
-// What the decode kernel (cuda/decode.cuh) takes, for its launcher, its check, and the ops that choose between it and
-// library products. It reads rows of W 16 bytes at a time.
+// What the decode kernels (cuda/decode.cuh) take, for their launchers, their checks, and the ops that choose between
+// them and library products. They read rows of W 16 bytes at a time; what doesn't fit goes the way of more tokens.
 #pragma once
 
 #include <cstdint>
