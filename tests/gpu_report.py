@@ -28,6 +28,7 @@ REPORT = ROOT / "tests" / "gpu_report.json"
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # Tests that launch our kernels directly; under a sanitizer a few sizes of each are enough, and all there is time for.
 KERNEL_TESTS = ["test_norm", "test_norm_kernels", "test_compose", "test_linear_op", "test_embedding_op", "test_nf4"]
+KERNEL_TESTS += ["test_decode"]
 # Without torch's caching allocator no graph can be captured, and a failed capture leaves its mark on what follows;
 # compilers and tracers around a kernel change nothing in it; billions of weights take too long.
 NOT_UNDER_A_SANITIZER = "not captur and not compile and not opcheck and not 2_to_the_31"
