@@ -180,7 +180,7 @@ void launch_decode_nf4_as(const DecodeProblem<T>& p, const PackedDecodeWeight& w
 template <typename T>
 void launch_decode_nf4(const DecodeProblem<T>& p, const uint8_t* packed, const Nf4Scales& scales, int64_t blocksize,
                        cudaStream_t stream) {
-  launch_decode_nf4_as<8, 3, 2>(p, PackedDecodeWeight{packed, scales, shift_of(blocksize)}, stream);
+  launch_decode_nf4_as<8, 2, 3>(p, PackedDecodeWeight{packed, scales, shift_of(blocksize)}, stream);
 }
 
 }  // namespace dora_ext
