@@ -20,6 +20,16 @@ namespace dora_ext {
 
 constexpr int kDecodeKeptRank = 64;  // of B and h in shared memory; beyond it they are read from where they are
 
+// How many blocks share the registers of an SM: what was measured to be best on sm_90. Elsewhere the compiler has its
+// way, which spills none.
+constexpr int decode_blocks(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return blocks;
+#endif
+}
+
 template <typename T>
 struct DecodeProblem {
   const T* x;            // (tokens, in), 16-byte aligned
@@ -127,55 +137,60 @@ struct DecodeShared {
   float h[kDecodeTokens][kDecodeKeptRank];
 };
 
-// One thread per result. Made at the start, while W is on its way: it loads all that the end needs but h.
+// A thread per result. Made at the start, while W is on its way: it loads all that the end needs but h. What is cheap
+// to find is found again: registers are for W.
 template <typename T, int kWarps>
 class DecodeEnd {
  public:
-  __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared, int64_t first, int64_t end)
-      : p_(p), shared_(shared), first_(first), kept_(p.rank < kDecodeKeptRank ? p.rank : kDecodeKeptRank) {
+  __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared) : p_(p), shared_(shared) {
     static_assert(kThreads >= kDecodeTokens * kDecodeRows, "a thread per result");
-    const int thread = static_cast<int>(threadIdx.x);
-    token_ = thread / kDecodeRows, row_ = thread % kDecodeRows;
-    result_ = token_ < p.tokens && first + row_ < end;
-    if (result_) {
-      gain_ = p.gain.template at<float>(first + row_);
-      if (p.bias.data != nullptr) bias_ = p.bias.template at<float>(first + row_);
+    const int64_t row = first() + result_row();
+    if (has_result()) {
+      gain_ = p.gain.template at<float>(row);
+      if (p.bias.data != nullptr) bias_ = p.bias.template at<float>(row);
     }
-    for (int j = thread; j < kDecodeRows * kept_; j += kThreads) {
-      const int r = j / kept_, i = j % kept_;
-      if (first + r < end) shared.B[r][i] = p.lora_B.template at<float>((first + r) * p.rank + i);
+    for (int j = threadIdx.x; j < kDecodeRows * kept(); j += kThreads) {
+      const int r = j / kept(), i = j % kept();
+      if (first() + r < p.out) shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
     }
   }
 
-  // sum: this lane's fragment of factor * (W x^T), over what its warp had.
+  // sum: this lane's fragment of W x^T over what its warp had; times `factor`.
   __device__ void finish(const float (&sum)[4], float factor) const {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, t = thread % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) shared_.of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
     wait_for_previous_launch();
-    for (int j = thread; j < p_.tokens * kept_; j += kThreads) {
-      shared_.h[j / kept_][j % kept_] = widen(p_.h[static_cast<int64_t>(j / kept_) * p_.rank + j % kept_]);
+    for (int j = thread; j < p_.tokens * kept(); j += kThreads) {
+      const int token = j / kept(), i = j % kept();
+      shared_.h[token][i] = widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]);
     }
     __syncthreads();
-    if (!result_) return;
+    if (!has_result()) return;
+    const int token = thread / kDecodeRows, row = result_row();
     float u = 0, adapter = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token_][row_];
-    for (int i = 0; i < kept_; ++i) adapter = fmaf(shared_.B[row_][i], shared_.h[token_][i], adapter);
-    for (int i = kept_; i < p_.rank; ++i) {
-      adapter = fmaf(p_.lora_B.template at<float>((first_ + row_) * p_.rank + i),
-                     widen(p_.h[static_cast<int64_t>(token_) * p_.rank + i]), adapter);
+    for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token][row];
+    for (int i = 0; i < kept(); ++i) adapter = fmaf(shared_.B[row][i], shared_.h[token][i], adapter);
+    for (int i = kept(); i < p_.rank; ++i) {
+      adapter = fmaf(p_.lora_B.template at<float>((first() + row) * p_.rank + i),
+                     widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter);
     }
-    p_.y[token_ * p_.out + first_ + row_] = narrow<T>(fmaf(gain_, fmaf(p_.scaling, adapter, factor * u), bias_));
+    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(gain_, fmaf(p_.scaling, adapter, factor * u), bias_));
   }
 
  private:
   static constexpr int kThreads = 32 * kWarps;
+
+  __device__ static int64_t first() { return static_cast<int64_t>(blockIdx.x) * kDecodeRows; }
+  __device__ static int result_row() { return static_cast<int>(threadIdx.x) % kDecodeRows; }
+  __device__ bool has_result() const {
+    return static_cast<int>(threadIdx.x) / kDecodeRows < p_.tokens && first() + result_row() < p_.out;
+  }
+  __device__ int kept() const { return p_.rank < kDecodeKeptRank ? p_.rank : kDecodeKeptRank; }
+
   const DecodeProblem<T>& p_;
   DecodeShared<kWarps>& shared_;
-  int64_t first_;
-  int kept_, token_, row_;
-  bool result_;
   float gain_ = 0, bias_ = 0;
 };
 

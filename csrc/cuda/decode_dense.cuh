@@ -50,7 +50,7 @@ struct DenseDecodeStep {
 
 // weight: (out, in), 16-byte aligned; in is a multiple of 8.
 template <typename T, int kWarps, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, kBeforeAmpere ? 1 : kBlocks)
+__global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
     decode_dense_kernel(DecodeProblem<T> p, const T* weight) {
   constexpr int kStride = kWarps * 64;
   __shared__ DecodeShared<kWarps> shared;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBeforeAmpere ? 1 : kBlocks)
   DenseDecodeStep<T> step;
   int column = static_cast<int>(threadIdx.x) / 32 * 64;
   step.load(top, bottom, token, column, p.in);
-  const DecodeEnd<T, kWarps> finisher(p, shared, first, end);
+  const DecodeEnd<T, kWarps> finisher(p, shared);
   float sum[4] = {};
   for (; column < p.in; column += kStride) {
     const DenseDecodeStep<T> here = step;

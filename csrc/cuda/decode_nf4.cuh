@@ -58,7 +58,7 @@ struct DecodeScales {
 
 // kWarps divide the columns of 16 rows among them, each keeps kDepth steps in flight.
 template <typename T, int kWarps, int kDepth, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, kBeforeAmpere ? 1 : kBlocks)
+__global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
     decode_nf4_kernel(DecodeProblem<T> p, PackedDecodeWeight weight) {
   constexpr int kThreads = 32 * kWarps, kColumns = 128, kStride = kWarps * kColumns;
   static_assert(kThreads % 256 == 0, "a thread fills one entry of the table, or a part of it");
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBeforeAmpere ? 1 : kBlocks)
       dynamic[entry * 8 + (i + entry) % 8] = make_uint4(pair, pair, pair, pair);
     }
   }
-  const DecodeEnd<T, kWarps> finisher(p, shared, first, end);
+  const DecodeEnd<T, kWarps> finisher(p, shared);
   __syncthreads();
 
   // The two weights of byte i of a word.
