@@ -54,6 +54,17 @@ struct ProductMatrices {
   ProductMatrix left, right, left_tail, right_tail, result;
 };
 
+// Is the kernel in this build? For everything but sm_90a it is compiled empty, and then it needs few registers.
+inline bool has_product_kernel() {
+  static const bool has = [] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, product_kernel<__half, HopperTile<128>, false>);
+    if (error != cudaSuccess) cudaGetLastError();  // not for the next launch to report
+    return error == cudaSuccess && attributes.numRegs >= 128;
+  }();
+  return has;
+}
+
 template <typename T, typename Tile, bool RightTransposed>
 cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int multiprocessors, cudaStream_t stream) {
   constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
