@@ -70,12 +70,12 @@ def expect(got, case, dtype=torch.bfloat16):
 
 
 @hopper
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rows", "columns", "inner", "tail"), SHAPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_values(shape, transposed, factors, dtype):
-    case = Case(*shape, dtype, transposed, factors)
+def test_values(rows, columns, inner, tail, transposed, factors, dtype):
+    case = Case(rows, columns, inner, tail, dtype, transposed, factors)
     assert case.fits()
     torch.full(case.expected().shape, float("nan"), dtype=dtype, device="cuda")  # what the result may be made of
     expect(case.product(), case, dtype)
