@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "inside_op.h"
+#include "product_choice.h"
 
 namespace dora_ext {
 namespace {
@@ -22,15 +23,16 @@ std::atomic<Products> chosen{Products::kAuto};
 
 // Whether the hand-written product for Hopper takes [left | tail] [right | its tail]^T, a tail that we make ourselves,
 // as wide and as well aligned as `tail`. It does at one go what costs the library's product one or two more passes over
-// a tokens x features array, and by itself is as fast (docs/hopper.md); with few rows its tiles leave most of the
-// device idle.
+// a tokens x features array, and by itself is as fast (docs/hopper.md).
 bool hopper_takes(const Tensor& left, const Tensor& right, const Tensor& tail, bool right_transposed) {
-  constexpr int64_t kFewestRows = 256;
   static auto fits = find_op<bool(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool)>(
       "dora_ext::hopper_product_fits");
   const Products which = chosen;
-  return left.is_cuda() && which != Products::kLibrary && (which == Products::kHopper || left.size(0) >= kFewestRows) &&
-         fits.call(left, right, tail, tail, right_transposed);
+  if (!left.is_cuda() || which == Products::kLibrary || !fits.call(left, right, tail, tail, right_transposed)) {
+    return false;
+  }
+  return which == Products::kHopper ||
+         hopper_product_wins(left.size(0), right.size(right_transposed ? 1 : 0), left.size(1));
 }
 
 Tensor hopper_product(const Tensor& left, const Tensor& right, const Tensor& left_tail, const Tensor& right_tail,

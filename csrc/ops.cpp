@@ -43,8 +43,9 @@ TORCH_LIBRARY(dora_ext, m) {
 
   // The same for 1 to 8 tokens in fp16 or bf16, with g known, in one pass over W; CUDA only, and only what decode_fits
   // and decode_nf4_fits (check_decode.h) accept. x (tokens, in), y (tokens, out), h (tokens, r) rounded to x's dtype.
-  // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is not rounded to `dtype`, its own (fp32 or
-  // x's): it is the scales, exactly, times a codebook that is 0.8e-3 off in bf16 and 0.8e-4 in fp16 (decode_nf4.cuh).
+  // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is not rounded to `dtype`, its own (fp32
+  // or x's): it is the scales, exactly, times a codebook that is 0.8e-3 off in bf16 and 0.8e-4 in fp16
+  // (decode_nf4.cuh).
   m.def(
       "linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? bias, float scaling)"
       " -> (Tensor y, Tensor h)");
