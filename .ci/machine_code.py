@@ -12,7 +12,17 @@ from pathlib import Path
 
 # Kernels that claim tensor cores for 16-bit inputs. Any other kernel with such an instruction is an error as well, so
 # that this list stays complete.
-TENSOR_CORE_KERNELS = ["norm_low_rank_kernel", "norm_high_rank_kernel", "compose_mma_kernel"]
+TENSOR_CORE_KERNELS = [
+    "norm_rows_kernel",
+    "norm_nf4_rows_kernel",
+    "norm_columns_kernel",
+    "norm_high_rank_kernel",
+    "compose_mma_kernel",
+    "compose_high_rank_kernel",
+    "adapter_backward_kernel",
+]
+# Made of wgmma on Hopper, and empty for every other architecture: whoever launches them asks for the device.
+WGMMA_KERNELS = ["product_kernel", "norm_hopper_kernel"]
 HALF, BFLOAT16 = "6__half", "13__nv_bfloat16"  # as they stand in mangled names
 
 
@@ -36,6 +46,7 @@ def check_log(text: str) -> list[str]:
 def check_sass(cuobjdump: str, library: str) -> list[str]:
     sass = subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
     counts: dict[str, dict[str, int]] = defaultdict(dict)  # architecture -> kernel -> tensor-core instructions
+    wgmma: dict[tuple[str, str], int] = defaultdict(int)  # those of a whole warpgroup
     lengths: dict[tuple[str, str], int] = defaultdict(int)  # instructions of all kinds, without the padding
     arch = kernel = ""
     for line in sass.splitlines():
@@ -47,10 +58,11 @@ def check_sass(cuobjdump: str, library: str) -> list[str]:
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)", line):
             lengths[arch, kernel] += 1
             counts[arch][kernel] += bool(re.search(r"\bHG?MMA\b", line))
+            wgmma[arch, kernel] += bool(re.search(r"\bHGMMA\b", line))
     found = [] if len(counts) >= 3 else [f"expected three architectures in {library}, found {sorted(counts)}"]
     for arch, kernels in sorted(counts.items()):
         for name, instructions in kernels.items():
-            if instructions and not any(claim in name for claim in TENSOR_CORE_KERNELS):
+            if instructions and not any(claim in name for claim in TENSOR_CORE_KERNELS + WGMMA_KERNELS):
                 found.append(f"{arch}: {name} uses tensor cores; add it to TENSOR_CORE_KERNELS")
         for claim in TENSOR_CORE_KERNELS:
             # Turing's tensor cores know no bfloat16; there it is computed without them.
@@ -59,8 +71,18 @@ def check_sass(cuobjdump: str, library: str) -> list[str]:
             # Tiles that need more shared memory than Turing has are left empty there.
             without = [name for name, n in mine.items() if not n and lengths[arch, name] > 8]
             print(f"{arch} {claim}: {len(mine)} for 16-bit inputs, {sum(mine.values())} tensor-core instructions")
-            if not any(mine.values()) or without:
+            left_empty = arch == "sm_75" and mine and not without
+            if without or not (any(mine.values()) or left_empty):
                 found.append(f"{arch}: {claim} claims tensor cores; without them: {without or 'not found at all'}")
+        for claim in WGMMA_KERNELS:
+            mine = [name for name in kernels if claim in name]
+            print(f"{arch} {claim}: {len(mine)} kernels, {sum(wgmma[arch, n] for n in mine)} wgmma instructions")
+            if arch == "sm_90":
+                wrong = [name for name in mine if not wgmma[arch, name]]
+            else:
+                wrong = [name for name in mine if lengths[arch, name] > 8]
+            if not mine or wrong:
+                found.append(f"{arch}: {claim}: expected wgmma on sm_90 and nothing elsewhere: {wrong or 'not found'}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""python -m bench [linear] [error] [nf4]: runs the benchmarks and writes bench/results/<device>.json.
+"""python -m bench [linear] [error] [nf4] [kernels] [decode]: runs the benchmarks and writes bench/results/<device>.json.
 
 A rival that fails is written down with its error and the rest goes on. Tables come last: the end of a log has them.
 """
@@ -14,9 +14,15 @@ from pathlib import Path
 
 import torch
 
-from . import bench_error, bench_linear, bench_nf4, measure
+from . import bench_decode, bench_error, bench_kernels, bench_linear, bench_nf4, measure
 
-BENCHES = {"linear": bench_linear, "error": bench_error, "nf4": bench_nf4}
+BENCHES = {
+    "linear": bench_linear,
+    "error": bench_error,
+    "nf4": bench_nf4,
+    "kernels": bench_kernels,
+    "decode": bench_decode,
+}
 RESULTS = Path(__file__).parent / "results"
 
 

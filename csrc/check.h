@@ -117,12 +117,6 @@ inline void check_norm_cached(const Tensor& weight, const Tensor& lora_A, const 
                lora_B.size(0));
 }
 
-inline void check_scaled_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
-                                double scaling, bool transposed) {
-  check_adapter("dora_ext::scaled_weight", weight, lora_A, lora_B, scaling, transposed);
-  check_feature("dora_ext::scaled_weight", "gain", gain, lora_B.size(0), weight);
-}
-
 // The output-shaped tensor `t` (…, out) or (batch, out, …) and what goes with it; returns the number of features.
 inline int64_t check_features_dim(const char* op, const char* name, const Tensor& t, bool channels_first) {
   check_float(op, name, t);
@@ -196,20 +190,6 @@ inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Ten
   check_feature(op, "norm", norm, out, weight);
   check_feature(op, "gain", gain, out, weight);
   check_scaling(op, scaling);
-}
-
-inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                         const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias, double scaling,
-                         bool transposed) {
-  check_float(op, "x", x);
-  check_adapter(op, weight, lora_A, lora_B, scaling, transposed);
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == lora_A.size(1), op, ": x: expected shape (..., ",
-                    text(lora_A.size(1)), ") for weight of shape ", text(weight.sizes()), ", got ", text(x.sizes()));
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": x: expected the dtype of weight, ",
-                   weight.scalar_type(), ", got ", x.scalar_type());
-  check_device(op, "x", x, "weight", weight);
-  check_feature(op, "magnitude", magnitude, lora_B.size(0), weight);
-  if (bias) check_feature(op, "bias", *bias, lora_B.size(0), weight);
 }
 
 inline void check_embedding(const char* op, const Tensor& ids, const Tensor& weight, const Tensor& lora_A,

@@ -18,7 +18,8 @@ inline bool decode_fits(const Tensor& x, const Tensor& weight) {
          decode_fits_sizes(x.size(0), x.size(1), weight.size(0));
 }
 
-// For any other `dtype` of the packed weight than float32 its values would have to be rounded twice.
+// Rows of packed weights have whole groups of 64 columns with one scale each: blocks of 32 are left out, and so are
+// weights of any other `dtype` than float32 and x's, whose values are rounded twice elsewhere.
 inline bool decode_nf4_fits(const Tensor& x, const Tensor& packed, int64_t blocksize, at::IntArrayRef shape,
                             at::ScalarType dtype) {
   return decode_takes(x, packed) && (dtype == at::kFloat || dtype == x.scalar_type()) && shape.size() == 2 &&
@@ -26,10 +27,11 @@ inline bool decode_nf4_fits(const Tensor& x, const Tensor& packed, int64_t block
 }
 
 inline void check_decode_fits(const char* op, bool fits, const Tensor& x) {
-  TORCH_CHECK_VALUE(fits, op,
-                    ": expected what decode_fits (csrc/check_decode.h) accepts: 1 to 8 tokens in bfloat16 or float16, "
-                    "and rows of a contiguous weight whose 16-byte pieces are whole; got x of shape ",
-                    text(x.sizes()), " and ", x.scalar_type());
+  TORCH_CHECK_VALUE(
+      fits, op,
+      ": expected what decode_fits (csrc/check_decode.h) accepts: 1 to 8 tokens in bfloat16 or float16, "
+      "and rows of a contiguous weight of whole pieces: 16 bytes, or 64 weights packed in NF4; got x of shape ",
+      text(x.sizes()), " and ", x.scalar_type());
 }
 
 // x, the adapter, gain and bias beside a W of `shape`, (out, in), that `weight` holds.

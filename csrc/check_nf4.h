@@ -72,18 +72,6 @@ inline void check_norm_nf4(const char* op, const Tensor& packed, const Tensor& a
   check_feature(op, "magnitude", magnitude, lora_B.size(0), packed);
 }
 
-inline void check_scaled_weight_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize,
-                                    at::IntArrayRef shape, at::ScalarType dtype, const OptionalTensor& nested_absmax,
-                                    const OptionalTensor& nested_code, const OptionalTensor& offset,
-                                    int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B,
-                                    const Tensor& gain, double scaling) {
-  const char* op = "dora_ext::scaled_weight_nf4";
-  check_nf4(op, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
-  TORCH_CHECK_VALUE(shape.size() == 2, op, ": shape: expected (out, in), got ", text(shape));
-  check_factors(op, shape, packed, lora_A, lora_B, scaling, /*transposed=*/false);
-  check_feature(op, "gain", gain, lora_B.size(0), packed);
-}
-
 inline void check_quantize_absmax(const Tensor& absmax, const Tensor& code, int64_t blocksize) {
   const char* op = "dora_ext::quantize_absmax";
   TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, op, ": absmax: expected float32, got ", absmax.scalar_type());

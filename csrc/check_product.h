@@ -1,8 +1,6 @@
 // The part of check.h that knows hopper_product.
 #pragma once
 
-#include <limits>
-
 #include "check.h"
 
 namespace dora_ext {
@@ -44,12 +42,12 @@ inline void check_hopper_product(const Tensor& left, const Tensor& right, const 
   check_factor("bias", bias);
 }
 
-// Why the TMA cannot take the matrix, or null. Its lines lie on 16 bytes, and every coordinate is an int.
+// Why the TMA cannot take the matrix, or null. Its lines lie on 16 bytes; coordinates are ints, also where tiles stand
+// out over the edge.
 inline const char* product_matrix_misfit(const Tensor& t) {
   if (t.numel() == 0) return "numbers, got none";
-  if (t.size(0) > std::numeric_limits<int>::max() || t.size(1) > std::numeric_limits<int>::max()) {
-    return "sizes below 2^31";
-  }
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  if (t.size(0) > kLargest || t.size(1) > kLargest) return "sizes up to 2^30";
   if (t.stride(1) != 1 || t.stride(0) < t.size(1) || t.stride(0) % 8 != 0) {
     return "contiguous rows, the next one a multiple of 8 numbers on";
   }

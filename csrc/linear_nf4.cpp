@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "check.h"
+#include "check_decode.h"
 #include "inside_op.h"
 
 namespace dora_ext {
@@ -45,6 +45,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
       const OptionalTensor&, const OptionalTensor&, double, bool)>("dora_ext::linear_forward");
   InsideOp guard;
   check_float(name, "x", x);
+  if (!dense && !rest && shape.size() == 2 && x.dim() > 0) {
+    const Tensor tokens = as_rows(x, x.size(-1));
+    if (decode_nf4_fits(tokens, packed, blocksize, C10_AS_INTARRAYREF_SLOW(shape), dtype)) {
+      static auto decode = find_op<std::tuple<Tensor, Tensor>(
+          const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType,
+          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t, const Tensor&, const Tensor&,
+          const Tensor&, const OptionalTensor&, double)>("dora_ext::linear_decode_nf4");
+      const auto [y, h] = decode.call(tokens, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code,
+                                      offset, nested_blocksize, lora_A, lora_B, gain, bias, scaling);
+      auto sizes = x.sizes().vec();
+      sizes.back() = y.size(1);
+      return {y.view(sizes), h, at::empty({0}, y.options())};
+    }
+  }
   const Tensor W = dense ? *dense
                          : unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                                   nested_blocksize, x.scalar_type());

@@ -20,12 +20,6 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
       " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
 
-  // g * (W + s B A), in W's layout and dtype, rounded once: what a gradient or an input is multiplied by where the layer
-  // is one product. A and B are cast to W's dtype.
-  m.def(
-      "scaled_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling, bool transposed=False)"
-      " -> Tensor");
-
   // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
   m.def(
@@ -39,10 +33,19 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, bool transposed, int mask)"
       " -> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
 
+  // What linear_backward sees of the gradient grad (tokens, out): G = g * grad, P = s G B (tokens, r), and the
+  // gradients of B, m and the bias. mask: bit 0 G, 1 P, 2 lora_B, 3 magnitude, 4 bias. y (tokens, out) and h (tokens,
+  // r) in grad's dtype; y may be None where m's gradient isn't asked for. grad_B has lora_B's dtype, grad_magnitude and
+  // grad_bias norm's; of features with |g| < 1/16 it leaves the magnitude to magnitude_grad_recover_.
+  m.def(
+      "adapter_backward(Tensor grad, Tensor? y, Tensor h, Tensor lora_B, Tensor norm, Tensor gain, Tensor? bias,"
+      " float scaling, int mask) -> (Tensor G, Tensor P, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
+
   // The same for 1 to 8 tokens in fp16 or bf16, with g known, in one pass over W; CUDA only, and only what decode_fits
   // and decode_nf4_fits (check_decode.h) accept. x (tokens, in), y (tokens, out), h (tokens, r) rounded to x's dtype.
-  // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is rounded to x's dtype, as dequantize_nf4
-  // does it; `dtype`, its own, is fp32 or x's.
+  // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is not rounded to `dtype`, its own (fp32
+  // or x's): it is the scales, exactly, times a codebook that is 0.8e-3 off in bf16 and 0.8e-4 in fp16
+  // (decode_nf4.cuh).
   m.def(
       "linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? bias, float scaling)"
       " -> (Tensor y, Tensor h)");
@@ -76,8 +79,12 @@ TORCH_LIBRARY(dora_ext, m) {
       "magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
       " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
 
-  // result (rows, columns) = gain * ([left | left_tail] [right | right_tail]^T) + bias on Hopper's tensor cores: sums in
-  // fp32, rounded once. left (rows, k), left_tail (rows, r); right (columns, k), right_tail (columns, r), or, when
+  // Which products layers run on, of library and hopper_product: auto, library, or hopper wherever it fits. For tests
+  // and measurements; returns what it was.
+  m.def("choose_products(str which) -> str");
+
+  // result (rows, columns) = gain * ([left | left_tail] [right | right_tail]^T) + bias on Hopper's tensor cores: sums
+  // in fp32, rounded once. left (rows, k), left_tail (rows, r); right (columns, k), right_tail (columns, r), or, when
   // right_transposed, (k, columns) and (r, columns). bfloat16 or float16; gain and bias fp32 (columns,), None: 1 and 0.
   m.def(
       "hopper_product(Tensor left, Tensor right, Tensor? left_tail=None, Tensor? right_tail=None, Tensor? gain=None,"
@@ -121,11 +128,6 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_nf4_cached(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
       " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
-  // scaled_weight of a W (out, in) that is packed in NF4, of and in `dtype`.
-  m.def(
-      "scaled_weight_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
-      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
-      " Tensor gain, float scaling) -> Tensor");
   // linear over W (out, in) packed in NF4, cast to x's dtype: unpacked inside, so that no graph can keep it. rest, of
   // x's shape, goes through W alone (what dropout took away): total = y + rest W^T, empty without it. dense: W in x's
   // dtype, where it had to be made before.

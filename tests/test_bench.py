@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("peft")
 from bench import __main__ as program
-from bench import bench_error, bench_linear, bench_nf4, measure, rivals, tables
+from bench import bench_decode, bench_error, bench_linear, bench_nf4, measure, rivals, tables
 
 ROOT = Path(__file__).parents[1]
 SMALL = rivals.Shape(8, 16, 24, 2)
@@ -63,6 +63,7 @@ def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(module, "build", fail_for_one)
     for module in (bench_linear, bench_nf4):
         monkeypatch.setattr(module, "CPU_SHAPES", [SMALL])
+    monkeypatch.setattr(bench_decode, "CPU_ROWS", [(SMALL, bench_decode.DENSE)])
     out = tmp_path / "new" / "r.json"
     assert program.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
     results = json.loads(out.read_text())
@@ -71,6 +72,16 @@ def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
     assert all(timed[name]["wall_ms"] > 0 for name in ("linear", "peft_lora", rivals.OURS))
     assert "peft_dora failed: RuntimeError: out of luck" in capsys.readouterr().out
     assert "| failed |" in tables.section("linear_step", "r", tmp_path / "new")
+
+
+@pytest.mark.parametrize("weights", [bench_decode.DENSE, bench_decode.PACKED])
+@pytest.mark.parametrize("name", bench_decode.NAMES)
+def test_inference_is_the_same_with_the_norm_at_hand(bnb, name, weights):
+    problem = rivals.Problem.random(rivals.Shape(1, 64, 24, 2), "cpu", torch.float32, bias=True)
+    call, at_hand = bench_decode.build(name, weights, problem)
+    y = at_hand()
+    y = y[0] if isinstance(y, tuple) else y
+    torch.testing.assert_close(call(), y, rtol=1e-5, atol=1e-5)
 
 
 def test_one_op_can_be_chosen(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Every page in docs/ runs from top to bottom."""
+"""Every page in docs/ with Python on it runs from top to bottom."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def run_page(name: str) -> dict:
 
 
 def test_every_page_has_a_test():
-    assert {page.name for page in DOCS.glob("*.md")} == {"peft.md"}
+    assert {page.name for page in DOCS.glob("*.md") if "```python" in page.read_text(encoding="utf-8")} == {"peft.md"}
 
 
 def test_peft(tmp_path, monkeypatch):

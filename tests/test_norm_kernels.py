@@ -12,10 +12,11 @@ pytestmark = pytest.mark.cuda
 SHAPES = [
     pytest.param(1, 1, 1, id="one number"),
     pytest.param(7, 13, 3, id="odd: rows off 16 bytes"),
-    pytest.param(64, 128, 16, id="exactly one tile"),
-    pytest.param(72, 136, 5, id="tile edges"),
+    pytest.param(16, 512, 16, id="exactly one tile of a strip"),
+    pytest.param(72, 136, 5, id="tile edges, odd rows of lora_B"),
     pytest.param(200, 648, 24, id="rank 32"),
-    pytest.param(136, 264, 33, id="rank 64, odd rows of lora_B"),
+    pytest.param(136, 264, 17, id="smallest rank 32, padded"),
+    pytest.param(136, 264, 33, id="smallest rank 64, padded"),
     pytest.param(136, 264, 65, id="smallest high rank"),
     pytest.param(129, 392, 100, id="odd features"),
     pytest.param(264, 400, 520, id="lora_B does not fit in shared memory"),
@@ -24,6 +25,7 @@ SHAPES = [
     pytest.param(4096, 1024, 64, id="many features"),
     pytest.param(512, 640, 384, id="rank 384"),
     pytest.param(3, 14336, 8, id="long rows"),
+    pytest.param(70000, 64, 4, id="more tiles than blocks may have"),
 ]
 # Half precision, past norm_low_rank.cuh
 HIGH_RANKS = [

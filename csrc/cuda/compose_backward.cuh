@@ -160,34 +160,48 @@ __global__ void __launch_bounds__(256, 3)
 }
 
 // partials (splits, 2, out) -> grad_magnitude (out,) = factor * sum / n, or over g n where saved was the output, and
-// grad_bias (out,), which may be null. A block of 32 features x 8 shares of the splits.
+// grad_bias (out,), which may be null.
 template <typename Acc>
-__global__ void compose_backward_finish_kernel(const Acc* partials, int64_t splits, int64_t out, const Acc* norm,
-                                               const Acc* gain, bool saved_is_output, Acc factor, Acc* grad_magnitude,
-                                               Acc* grad_bias) {
-  __shared__ Acc scratch[2][8][32];
-  const int x = threadIdx.x % 32, y = threadIdx.x / 32;
-  const int64_t feature = blockIdx.x * int64_t{32} + x;
-  Acc sum = 0, total = 0;
-  if (feature < out) {
+struct ComposeBackwardFinish {
+  const Acc* partials;
+  int64_t splits, out;
+  const Acc *norm, *gain;
+  bool saved_is_output;
+  Acc factor;
+  Acc *grad_magnitude, *grad_bias;
+
+  static constexpr int kFeatures = 32;  // of a block of 256 threads, 8 shares of the splits
+
+  __device__ __forceinline__ void run(int64_t block) const {
+    __shared__ Acc scratch[2][8][kFeatures];
+    const int x = threadIdx.x % kFeatures, y = threadIdx.x / kFeatures;
+    const int64_t feature = block * kFeatures + x;
+    Acc sum = 0, total = 0;
+    if (feature < out) {
 #pragma unroll 4
-    for (int64_t split = y; split < splits; split += 8) {
-      sum += partials[split * 2 * out + feature];
-      total += partials[(split * 2 + 1) * out + feature];
+      for (int64_t split = y; split < splits; split += 8) {
+        sum += partials[split * 2 * out + feature];
+        total += partials[(split * 2 + 1) * out + feature];
+      }
     }
+    scratch[0][y][x] = sum;
+    scratch[1][y][x] = total;
+    __syncthreads();
+    if (y != 0 || feature >= out) return;
+    for (int i = 1; i < 8; ++i) {
+      sum += scratch[0][i][x];
+      total += scratch[1][i][x];
+    }
+    const Acc n = norm[feature], g = saved_is_output ? gain[feature] : Acc(1);
+    const bool lost = !(n > 0) || (saved_is_output && !(abs(g) >= Acc(kSmallGain)));
+    grad_magnitude[feature] = lost ? Acc(0) : factor * sum / (g * n);
+    if (grad_bias != nullptr) grad_bias[feature] = total;
   }
-  scratch[0][y][x] = sum;
-  scratch[1][y][x] = total;
-  __syncthreads();
-  if (y != 0 || feature >= out) return;
-  for (int i = 1; i < 8; ++i) {
-    sum += scratch[0][i][x];
-    total += scratch[1][i][x];
-  }
-  const Acc n = norm[feature], g = saved_is_output ? gain[feature] : Acc(1);
-  const bool lost = !(n > 0) || (saved_is_output && !(abs(g) >= Acc(kSmallGain)));
-  grad_magnitude[feature] = lost ? Acc(0) : factor * sum / (g * n);
-  if (grad_bias != nullptr) grad_bias[feature] = total;
+};
+
+template <typename Acc>
+__global__ void __launch_bounds__(256) compose_backward_finish_kernel(ComposeBackwardFinish<Acc> finish) {
+  finish.run(blockIdx.x);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +269,10 @@ void launch_compose_backward_finish(const Acc* partials, int64_t splits, int64_t
                                     bool saved_is_output, Acc factor, Acc* grad_magnitude, Acc* grad_bias,
                                     cudaStream_t stream) {
   if (out == 0) return;
-  compose_backward_finish_kernel<Acc><<<static_cast<unsigned>(ceil_div<int64_t>(out, 32)), 256, 0, stream>>>(
-      partials, splits, out, norm, gain, saved_is_output, factor, grad_magnitude, grad_bias);
+  const ComposeBackwardFinish<Acc> finish{partials, splits,         out,      norm, gain, saved_is_output,
+                                          factor,   grad_magnitude, grad_bias};
+  const auto blocks = ceil_div<int64_t>(out, ComposeBackwardFinish<Acc>::kFeatures);
+  compose_backward_finish_kernel<Acc><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(finish);
 }
 
 }  // namespace dora_ext

@@ -1,4 +1,5 @@
-// A whole DoRA linear layer for 1 to 8 tokens: h = x A^T, y = g * (x W^T + s h B^T) + bias, W dense or packed in NF4.
+// A whole DoRA linear layer for 1 to 8 tokens: h = x A^T, y = g * (x W^T + s h B^T) + bias. This file has all but the
+// products with W; those are in decode_dense.cuh and decode_nf4.cuh.
 //
 // Two launches that overlap. The first has a thread block per row of A and is over in a few microseconds; the second
 // streams W, which takes longer, and asks for h only at its end. On sm_90 it starts together with the first
@@ -6,20 +7,33 @@
 // 16 rows of W that a block has.
 //
 // A block has 16 rows of W, its warps take turns along them, and their sums are added in the order of the warps: the
-// same bits each time. The products run on the tensor cores with the tokens as the 8 columns; for one token that costs
-// nothing, because reading W takes longer.
+// same bits each time. W is the left operand of the tensor cores, its rows the 16 of the product; the tokens are its 8
+// columns. For one token that costs nothing, because reading W takes longer. The order of k inside a product is free as
+// long as both operands have it, so that a lane can take bytes as they lie in memory for its fragments.
 #pragma once
 
-#include "decode_rows.cuh"
+#include "../decode.h"
+#include "dtype.cuh"
+#include "mma.cuh"
 
 namespace dora_ext {
 
 constexpr int kDecodeKeptRank = 64;  // of B and h in shared memory; beyond it they are read from where they are
 
+// How many blocks share the registers of an SM: what was measured to be best on sm_90. Elsewhere the compiler has its
+// way, which spills none.
+constexpr int decode_blocks(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return blocks;
+#endif
+}
+
 template <typename T>
 struct DecodeProblem {
   const T* x;            // (tokens, in), 16-byte aligned
-  FeatureVector lora_A;  // (r, in), 16-byte aligned
+  FeatureVector lora_A;  // (r, in), 16-byte aligned, of T or float
   FeatureVector lora_B;  // (out, r)
   FeatureVector gain;    // (out,)
   FeatureVector bias;    // (out,) or null
@@ -29,6 +43,16 @@ struct DecodeProblem {
   int64_t out;
   float scaling;
 };
+
+// Word i of four; i is a constant after unrolling.
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Zeros where `p` must not be read.
+__device__ __forceinline__ uint4 load16_if(bool inside, const void* p) {
+  return inside ? __ldg(static_cast<const uint4*>(p)) : uint4{};
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Programmatic dependent launch
@@ -50,43 +74,40 @@ __device__ __forceinline__ void allow_next_launch() {
 // ---------------------------------------------------------------------------------------------------------------------
 // h
 
-constexpr int kDecodeAdapterThreads = 256;
-
-// 8 numbers from 16-byte aligned memory, as floats.
-__device__ __forceinline__ void load8(const FeatureVector& v, int64_t i, float (&out)[8]) {
-  if (v.dtype == Dtype::kFloat) {
-    const auto* p = reinterpret_cast<const float4*>(static_cast<const float*>(v.data) + i);
-    const float4 a = p[0], b = p[1];
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-  } else {
-    const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(v.data) + i);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 pair =
-          v.dtype == Dtype::kHalf ? unpack<__half>(word_of(words, k)) : unpack<__nv_bfloat16>(word_of(words, k));
-      out[2 * k] = pair.x, out[2 * k + 1] = pair.y;
-    }
-  }
-}
+constexpr int kDecodeAdapterThreads = 512;
 
 // Block i: h[:, i].
-template <typename T>
+template <typename T, typename A>
 __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(DecodeProblem<T> p) {
+  constexpr int kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
   __shared__ float of_warp[kDecodeAdapterThreads / 32][kDecodeTokens];
   allow_next_launch();
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x);
+  const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
   float sum[kDecodeTokens] = {};
   for (int k = 8 * thread; k < p.in; k += 8 * kDecodeAdapterThreads) {
-    float a[8];
-    load8(p.lora_A, static_cast<int64_t>(row) * p.in + k, a);
+    uint4 a[kWords], x[kDecodeTokens];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
+#pragma unroll
+    for (int token = 0; token < kDecodeTokens; ++token) {
+      x[token] = load16_if(token < p.tokens, p.x + static_cast<int64_t>(token) * p.in + k);
+    }
 #pragma unroll
     for (int token = 0; token < kDecodeTokens; ++token) {
       if (token < p.tokens) {
-        const uint4 x = __ldg(reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * p.in + k));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = unpack<T>(word_of(x, i));
-          sum[token] = fmaf(a[2 * i], pair.x, fmaf(a[2 * i + 1], pair.y, sum[token]));
+        for (int pair = 0; pair < 4; ++pair) {
+          float2 factor;
+          if constexpr (sizeof(A) == 4) {
+            const int i = pair % 2 * 2;
+            factor.x = __uint_as_float(word_of(a[pair / 2], i));
+            factor.y = __uint_as_float(word_of(a[pair / 2], i + 1));
+          } else {
+            factor = unpack<A>(word_of(a[0], pair));
+          }
+          const float2 two = unpack<T>(word_of(x[token], pair));
+          sum[token] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[token]));
         }
       }
     }
@@ -107,85 +128,83 @@ __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(D
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// y
+// The end of a block of rows
 
-// Weight: DenseWeight or PackedWeight. kWarps divide the columns of 16 rows among them, each keeps kDepth steps in
-// flight. Dynamic shared memory: the scales of a tile of a packed weight.
-template <typename T, typename Weight, int kWarps, int kDepth, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, kBlocks) decode_kernel(DecodeProblem<T> p, Weight weight) {
-  constexpr int kThreads = 32 * kWarps, kStride = kWarps * Weight::kColumns;
-  __shared__ float of_warp[kWarps][kDecodeTokens][kDecodeRows];
-  __shared__ float B[kDecodeRows][kDecodeKeptRank + 1];
-  __shared__ float h[kDecodeTokens][kDecodeKeptRank];
-  extern __shared__ float scales[];
-  static_assert(kThreads >= kDecodeTokens * kDecodeRows, "a thread per result");
+template <int kWarps>
+struct DecodeShared {
+  float of_warp[kWarps][kDecodeTokens][kDecodeRows];
+  float B[kDecodeRows][kDecodeKeptRank + 1];
+  float h[kDecodeTokens][kDecodeKeptRank];
+};
 
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const int group = thread % 32 / 4;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
-  const int64_t end = first + kDecodeRows < p.out ? first + kDecodeRows : p.out;
-  // The last tile may have fewer rows; what is read in their place is not written.
-  const int64_t top = first + group < end ? first + group : end - 1;
-  const int64_t bottom = first + group + 8 < end ? first + group + 8 : end - 1;
-  const DecodeLane<T> lane{group < p.tokens ? p.x + static_cast<int64_t>(group) * p.in : nullptr, p.in, thread % 4};
-  const auto tile = weight.tile(first, top, bottom, p.in);
-
-  typename Weight::Step step[kDepth];
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) Weight::load(tile, lane, warp * Weight::kColumns + d * kStride, step[d]);
-
-  // While these come: all that the end needs but h.
-  const int token = thread / kDecodeRows, row = thread % kDecodeRows;
-  const bool result = token < p.tokens && first + row < end;
-  float gain = 0, bias = 0;
-  if (result) {
-    gain = p.gain.template at<float>(first + row);
-    if (p.bias.data != nullptr) bias = p.bias.template at<float>(first + row);
-  }
-  const int kept = p.rank < kDecodeKeptRank ? p.rank : kDecodeKeptRank;
-  for (int j = thread; j < kDecodeRows * kept; j += kThreads) {
-    const int r = j / kept, i = j % kept;
-    if (first + r < end) B[r][i] = p.lora_B.template at<float>((first + r) * p.rank + i);
-  }
-  weight.stage(first, end, p.in, scales);
-  __syncthreads();
-
-  const float lane_value = kNf4Device.value[thread % 16];
-  float sum[4] = {};
-  for (int column = warp * Weight::kColumns; column < p.in; column += kDepth * kStride) {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int at = column + d * kStride;
-      if (at < p.in) weight.multiply(tile, lane, at, step[d], scales, lane_value, sum);
-      Weight::load(tile, lane, at + kDepth * kStride, step[d]);
+// A thread per result. Made at the start, while W is on its way: it loads all that the end needs but h. What is cheap
+// to find is found again: registers are for W.
+template <typename T, int kWarps>
+class DecodeEnd {
+ public:
+  __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared) : p_(p), shared_(shared) {
+    static_assert(kThreads >= kDecodeTokens * kDecodeRows, "a thread per result");
+    const int64_t row = first() + result_row();
+    if (has_result()) {
+      gain_ = p.gain.template at<float>(row);
+      if (p.bias.data != nullptr) bias_ = p.bias.template at<float>(row);
+    }
+    for (int j = threadIdx.x; j < kDecodeRows * kept(); j += kThreads) {
+      const int r = j / kept(), i = j % kept();
+      if (first() + r < p.out) shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
     }
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) of_warp[warp][2 * lane.t + i % 2][group + i / 2 * 8] = sum[i];
 
-  wait_for_previous_launch();
-  for (int j = thread; j < p.tokens * kept; j += kThreads) {
-    h[j / kept][j % kept] = widen(p.h[static_cast<int64_t>(j / kept) * p.rank + j % kept]);
-  }
-  __syncthreads();
-  if (!result) return;
-  float u = 0, adapter = 0;
+  // sum: this lane's fragment of W x^T over what its warp had; times `factor`.
+  __device__ void finish(const float (&sum)[4], float factor) const {
+    const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, t = thread % 4;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) u += of_warp[w][token][row];
-  for (int i = 0; i < kept; ++i) adapter = fmaf(B[row][i], h[token][i], adapter);
-  for (int i = kept; i < p.rank; ++i) {
-    adapter = fmaf(p.lora_B.template at<float>((first + row) * p.rank + i),
-                   widen(p.h[static_cast<int64_t>(token) * p.rank + i]), adapter);
+    for (int i = 0; i < 4; ++i) shared_.of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
+    wait_for_previous_launch();
+    for (int j = thread; j < p_.tokens * kept(); j += kThreads) {
+      const int token = j / kept(), i = j % kept();
+      shared_.h[token][i] = widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]);
+    }
+    __syncthreads();
+    if (!has_result()) return;
+    const int token = thread / kDecodeRows, row = result_row();
+    float u = 0, adapter = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token][row];
+    for (int i = 0; i < kept(); ++i) adapter = fmaf(shared_.B[row][i], shared_.h[token][i], adapter);
+    for (int i = kept(); i < p_.rank; ++i) {
+      adapter = fmaf(p_.lora_B.template at<float>((first() + row) * p_.rank + i),
+                     widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter);
+    }
+    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(gain_, fmaf(p_.scaling, adapter, factor * u), bias_));
   }
-  p.y[token * p.out + first + row] = narrow<T>(fmaf(gain, fmaf(p.scaling, adapter, u), bias));
-}
+
+ private:
+  static constexpr int kThreads = 32 * kWarps;
+
+  __device__ static int64_t first() { return static_cast<int64_t>(blockIdx.x) * kDecodeRows; }
+  __device__ static int result_row() { return static_cast<int>(threadIdx.x) % kDecodeRows; }
+  __device__ bool has_result() const {
+    return static_cast<int>(threadIdx.x) / kDecodeRows < p_.tokens && first() + result_row() < p_.out;
+  }
+  __device__ int kept() const { return p_.rank < kDecodeKeptRank ? p_.rank : kDecodeKeptRank; }
+
+  const DecodeProblem<T>& p_;
+  DecodeShared<kWarps>& shared_;
+  float gain_ = 0, bias_ = 0;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 
-// `kernel` beside the launch before it, where it was compiled to wait for that by itself.
+template <typename T, typename A>
+void launch_decode_adapter(const DecodeProblem<T>& p, cudaStream_t stream) {
+  decode_adapter_kernel<T, A><<<static_cast<unsigned>(p.rank), kDecodeAdapterThreads, 0, stream>>>(p);
+}
+
+// `kernel` over all rows of W, beside the launch before it where it was compiled to wait for that by itself.
 template <typename... Args>
-void launch_beside(void (*kernel)(Args...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+void launch_beside(void (*kernel)(Args...), int64_t out, unsigned threads, size_t shared, cudaStream_t stream,
                    Args... args) {
   // What the architecture of the device says is not enough: it may run code that was compiled for an older one.
   cudaFuncAttributes facts{};
@@ -197,7 +216,7 @@ void launch_beside(void (*kernel)(Args...), unsigned blocks, unsigned threads, s
   beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   beside.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
+  config.gridDim = static_cast<unsigned>((out + kDecodeRows - 1) / kDecodeRows);
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
@@ -206,26 +225,16 @@ void launch_beside(void (*kernel)(Args...), unsigned blocks, unsigned threads, s
   cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-template <int kWarps, int kDepth, int kBlocks, typename T, typename Weight>
-void launch_decode_as(const DecodeProblem<T>& p, const Weight& weight, size_t shared, cudaStream_t stream) {
-  const int64_t tiles = (p.out + kDecodeRows - 1) / kDecodeRows;
-  decode_adapter_kernel<T><<<static_cast<unsigned>(p.rank), kDecodeAdapterThreads, 0, stream>>>(p);
-  launch_beside(decode_kernel<T, Weight, kWarps, kDepth, kBlocks>, static_cast<unsigned>(tiles), 32 * kWarps, shared,
-                stream, p, weight);
-}
-
-// weight: (out, in), 16-byte aligned. in: a multiple of 8. 1 to 8 tokens, rank and out at least 1.
-template <typename T>
-void launch_decode(const DecodeProblem<T>& p, const T* weight, cudaStream_t stream) {
-  launch_decode_as<8, 2, 3>(p, DenseWeight<T>{weight}, 0, stream);
-}
-
-// packed: (out * in / 2,), 16-byte aligned. in: a multiple of 32.
-template <typename T>
-void launch_decode_nf4(const DecodeProblem<T>& p, const uint8_t* packed, const Nf4Scales& scales, int64_t blocksize,
-                       cudaStream_t stream) {
-  const int slots = scale_slot(static_cast<int>(decode_scales(p.in, blocksize))) + 1;
-  launch_decode_as<8, 2, 2>(p, PackedWeight<T>{packed, scales, shift_of(blocksize)}, slots * sizeof(float), stream);
+// h, and then y by `kernel`, which takes the problem and its weight.
+template <typename T, typename Weight>
+void launch_decode_as(void (*kernel)(DecodeProblem<T>, Weight), const DecodeProblem<T>& p, const Weight& weight,
+                      unsigned threads, size_t shared, cudaStream_t stream) {
+  if (p.lora_A.dtype == Dtype::kFloat) {
+    launch_decode_adapter<T, float>(p, stream);
+  } else {
+    launch_decode_adapter<T, T>(p, stream);
+  }
+  launch_beside(kernel, p.out, threads, shared, stream, p, weight);
 }
 
 }  // namespace dora_ext

@@ -1,4 +1,4 @@
-// linear_decode and linear_decode_nf4 on CUDA. The kernels: decode.cuh.
+// linear_decode and linear_decode_nf4 on CUDA. The kernels: decode_dense.cuh and decode_nf4.cuh over decode.cuh.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -7,24 +7,20 @@
 #include <tuple>
 
 #include "../check_decode.h"
-#include "decode.cuh"
+#include "decode_dense.cuh"
+#include "decode_nf4.cuh"
 #include "launch.h"
+#include "nf4_operands.h"
 
 namespace dora_ext {
 namespace {
-
-// The kernel loads vectors; a view may start anywhere.
-Tensor aligned16(const Tensor& t) {
-  const Tensor c = t.contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
-}
 
 // launch(problem) for everything beside W.
 template <typename F>
 std::tuple<Tensor, Tensor> decode(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                   const OptionalTensor& bias, double scaling, F&& launch) {
-  const Tensor x_ = aligned16(x);
-  const Tensor A = aligned16(lora_A.scalar_type() == at::kDouble ? lora_A.to(at::kFloat) : lora_A);
+  const Tensor x_ = aligned(x, 16);
+  const Tensor A = aligned(lora_A.scalar_type() == x.scalar_type() ? lora_A : lora_A.to(at::kFloat), 16);
   const Tensor B = lora_B.contiguous(), g = gain.contiguous(), b = bias ? bias->contiguous() : Tensor();
   const int64_t tokens = x.size(0), rank = A.size(0), out = B.size(0);
   const Tensor y = at::empty({tokens, out}, x_.options()), h = at::empty({tokens, rank}, x_.options());
@@ -71,14 +67,9 @@ std::tuple<Tensor, Tensor> linear_decode_nf4(const Tensor& x, const Tensor& pack
   check_linear_decode_nf4(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                           nested_blocksize, lora_A, lora_B, gain, bias, scaling);
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto contiguous = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
-  const auto pointer = [](const Tensor& t) { return t.defined() ? data<float>(t) : nullptr; };
-  const Tensor absmax_ = absmax.contiguous();
-  const Tensor nested = contiguous(nested_absmax), code = contiguous(nested_code), offset_ = contiguous(offset);
-  const Nf4Scales scales{absmax_.const_data_ptr(), pointer(nested), pointer(code), pointer(offset_),
-                         shift_of(nested_blocksize)};
+  const Nf4Operands weight(packed, absmax, nested_absmax, nested_code, offset, nested_blocksize);
   return decode(x, lora_A, lora_B, gain, bias, scaling, [&](const auto& p) {
-    launch_decode_nf4(p, data<uint8_t>(packed), scales, blocksize, current_stream());
+    launch_decode_nf4(p, weight.bytes(), weight.scales, blocksize, current_stream());
   });
 }
 

@@ -78,16 +78,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Of the current device: launchers size their grids by the first and choose their tiles by the second.
+// Of the current device: launchers size their grids by the first and choose their kernels by the others.
 inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 inline int shared_bytes_per_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
-
+// 90 for 9.0.
 inline int capability() {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor);
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace dora_ext

@@ -127,6 +127,19 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
+// The nearest number of T, as a float. A bf16 with zeros below it is that float.
+template <typename T>
+__device__ __forceinline__ float round_to(float v) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    uint32_t rounded;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(v), "f"(0.f));
+    return __uint_as_float(rounded);
+  }
+#endif
+  return unpack<T>(pack<T>(v, 0.f)).x;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Products
 

@@ -16,12 +16,23 @@ __device__ __forceinline__ float multiply_ftz(float a, float b) {
   return product;
 }
 
-// 16 bytes of rounded numbers in one store.
-__device__ __forceinline__ void store16(float* out, const float (&v)[4]) {
-  *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
+// 16 bytes of rounded numbers in one store. Streamed: the first to leave the caches.
+template <bool Streamed>
+__device__ __forceinline__ void store16(uint4* out, const uint4& v) {
+  if constexpr (Streamed) {
+    __stcs(out, v);
+  } else {
+    *out = v;
+  }
 }
 
-template <typename T>
+template <bool Streamed>
+__device__ __forceinline__ void store16(float* out, const float (&v)[4]) {
+  store16<Streamed>(reinterpret_cast<uint4*>(out), make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]),
+                                                              __float_as_uint(v[2]), __float_as_uint(v[3])));
+}
+
+template <bool Streamed, typename T>
 __device__ __forceinline__ void store16(T* out, const float (&v)[8]) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
   alignas(16) Pair pair[4];
@@ -33,7 +44,7 @@ __device__ __forceinline__ void store16(T* out, const float (&v)[8]) {
       pair[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
     }
   }
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(pair);
+  store16<Streamed>(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(pair));
 }
 
 // Where the codes of weights 2i and 2i + 1 lie in a word that was loaded from byte i on: weight k at bit 4 (k ^ 1).
@@ -62,13 +73,13 @@ __device__ __forceinline__ float nested_offset(const Nf4Scales& s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Dequantisation
 //
-// A thread turns one small word into one 16-byte store, kDequantizeSteps times, 256 threads apart: 4 bytes -> 8 weights
+// A thread turns one small word into one 16-byte store, kDequantizeSteps times, 512 threads apart: 4 bytes -> 8 weights
 // (fp16, bf16) or 2 bytes -> 4 weights (fp32). So a warp reads 128 (64) bytes in a row and writes 512 in a row with
 // each instruction, and no weight has to change lanes. Lane l holds value l % 16 of the codebook; looking one up is a
 // shuffle, which uses only the low four bits of its index, so that codes need no masking, and has no bank conflicts.
 
-constexpr int kDequantizeThreads = 256;
-constexpr int kDequantizeSteps = 4;  // with 4 weights a step, a thread block still holds a whole NF4 block of 4096
+constexpr int kDequantizeThreads = 512;
+constexpr int kDequantizeSteps = 2;  // with 4 weights a step, a thread block still holds a whole NF4 block of 4096
 
 template <typename T>
 constexpr int kDequantizeWeights = 16 / sizeof(T);  // in a word
@@ -86,8 +97,9 @@ __device__ __forceinline__ void look_up(uint32_t word, float lane_value, float s
   }
 }
 
-// packed: (ceil(numel / 2),), 4-byte aligned; out: (numel,), 16-byte aligned.
-template <typename T, bool Nested>
+// packed: (ceil(numel / 2),), 4-byte aligned; out: (numel,), 16-byte aligned. Streamed: `out` is more than a cache
+// should keep.
+template <typename T, bool Nested, bool Streamed>
 __device__ __forceinline__ void dequantize_block(const uint8_t* __restrict__ packed, const Nf4Scales& scales,
                                                  int block_shift, int64_t numel, T* __restrict__ out) {
   constexpr int kWeights = kDequantizeWeights<T>, kPerStep = kDequantizeThreads * kWeights;
@@ -102,7 +114,7 @@ __device__ __forceinline__ void dequantize_block(const uint8_t* __restrict__ pac
     uint32_t word[kDequantizeSteps];
     float scale[kDequantizeSteps];
 #pragma unroll
-    for (int s = 0; s < kDequantizeSteps; ++s) word[s] = words[s * kDequantizeThreads];
+    for (int s = 0; s < kDequantizeSteps; ++s) word[s] = __ldcs(words + s * kDequantizeThreads);
 #pragma unroll
     for (int s = 0; s < kDequantizeSteps; ++s) {
       // block_start is a multiple of every blocksize.
@@ -112,7 +124,7 @@ __device__ __forceinline__ void dequantize_block(const uint8_t* __restrict__ pac
 #pragma unroll
     for (int s = 0; s < kDequantizeSteps; ++s) {
       look_up<T>(word[s], lane_value, scale[s], weight);
-      store16(out + first + s * kPerStep, weight);
+      store16<Streamed>(out + first + s * kPerStep, weight);
     }
     return;
   }
@@ -136,7 +148,7 @@ template <typename T, bool Nested>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_nf4_kernel(const uint8_t* __restrict__ packed, Nf4Scales scales, int block_shift, int64_t numel,
                           T* __restrict__ out) {
-  dequantize_block<T, Nested>(packed, scales, block_shift, numel, out);
+  dequantize_block<T, Nested, true>(packed, scales, block_shift, numel, out);
 }
 
 template <typename T>

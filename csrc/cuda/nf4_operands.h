@@ -11,12 +11,6 @@
 
 namespace dora_ext {
 
-// Kernels load vectors; a view may start anywhere.
-inline Tensor aligned(const Tensor& t, uintptr_t bytes) {
-  const Tensor c = t.contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % bytes == 0 ? c : c.clone();
-}
-
 struct Nf4Operands {
   Tensor packed, absmax, nested, code, offset;
   Nf4Scales scales;

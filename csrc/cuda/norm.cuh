@@ -1,17 +1,18 @@
 // norm: n = |W + s B A| per output feature. Which kernel computes it for which dtype, rank and device, and its launch.
 //
-//   fp16, bf16   rank <= 64   norm_low_rank.cuh    W streams once past lora_B in registers
-//                to 512       norm_hopper.cuh      on Hopper, W (out, in): the same by wgmma
-//                any          norm_high_rank.cuh   a product in chunks of the rank; also odd sizes and small devices
+//   fp16, bf16   rank <= 64   norm_rows.cuh, norm_columns.cuh   W goes from memory into registers, once
+//                to 512       norm_hopper.cuh                   on Hopper, W (out, in): the same by wgmma
+//                any          norm_high_rank.cuh                a product in chunks of the rank; also odd sizes
 //   fp32, fp64                norm_fma.cuh
 //   norm_cached               norm_fingerprint.cuh decides on the device whether the above has anything to do
 #pragma once
 
+#include "norm_columns.cuh"
 #include "norm_common.cuh"
 #include "norm_fma.cuh"
 #include "norm_high_rank.cuh"
 #include "norm_hopper.cuh"
-#include "norm_low_rank.cuh"
+#include "norm_rows.cuh"
 
 namespace dora_ext {
 
@@ -30,26 +31,36 @@ struct NormPlan {
 struct NormDevice {
   int multiprocessors;
   int64_t shared_bytes;  // that one block can have
-  int capability;        // the major number
+  int capability;        // 90 for 9.0
 };
 
-// `resident`: blocks of this kernel that fit on a multiprocessor by their registers.
 template <typename T>
-NormPlan<T> make_norm_plan(const NormProblem<T>& p, void (*kernel)(NormProblem<T>, int64_t), int threads,
-                           int64_t shared_bytes, int features, int columns, int resident, const NormDevice& device) {
-  if (shared_bytes > 0) resident = std::min<int64_t>(resident, device.shared_bytes / shared_bytes);
-  const int64_t owned_tiles = (p.out + features - 1) / features;
-  const Splits splits =
-      split_walk(owned_tiles, (p.in + columns - 1) / columns, int64_t{device.multiprocessors} * resident);
-  return {kernel, threads, shared_bytes, owned_tiles, splits.count, splits};
+NormPlan<T> plan_norm_fma(const NormProblem<T>& p, void (*kernel)(NormProblem<T>, int64_t), int threads, int features,
+                          int columns, const NormDevice& device) {
+  const int64_t owned_tiles = (p.out + features - 1) / features, walked_tiles = (p.in + columns - 1) / columns;
+  const Splits splits = split_walk(owned_tiles, walked_tiles, int64_t{2} * device.multiprocessors, walked_tiles);
+  return {kernel, threads, 0, owned_tiles, splits.count, splits};
 }
 
-template <typename T, int KT, int WM, int WN, bool Transposed>
+// kResident: blocks that fit on a multiprocessor by their registers.
+template <typename T, typename Tile, int kResident, bool Transposed>
 bool plan_low_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& device) {
-  using Tile = LowRankTile<KT, WM, WN, Transposed>;
-  if (p.rank > Tile::kRank || Tile::kSharedBytes > device.shared_bytes) return false;
-  plan = make_norm_plan(p, norm_low_rank_kernel<T, KT, WM, WN, Transposed>, Tile::kThreads, Tile::kSharedBytes,
-                        Tile::kFeatures, Tile::kColumns, 2, device);
+  if (p.rank > Tile::kRank) return false;
+  const int64_t slots = int64_t{kResident} * device.multiprocessors;
+  const int64_t strips = ((Transposed ? p.out : p.in) + Tile::kBlockColumns - 1) / Tile::kBlockColumns;
+  const int64_t row_tiles = ((Transposed ? p.in : p.out) + 15) / 16;
+  if constexpr (Transposed) {
+    const Splits splits = split_walk(strips, row_tiles, slots, row_tiles);
+    plan = {norm_columns_kernel<T, Tile, kResident>, Tile::kThreads, 0, splits.count, strips, splits};
+  } else {
+    const Splits chunks = split_walk(strips, row_tiles, slots, kMostRowTiles);
+    plan = {norm_rows_kernel<T, Tile, kResident>,
+            Tile::kThreads,
+            row_sums_bytes<Tile>(chunks.tiles),
+            chunks.count,
+            strips,
+            {chunks.tiles, static_cast<int>(strips)}};
+  }
   return true;
 }
 
@@ -74,7 +85,9 @@ bool plan_high_rank(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice
           memory.bytes,
           (tiles + per_block - 1) / per_block,
           1,
-          {per_block, splits}};
+          {per_block, splits},
+          {},
+          0};
   return true;
 }
 
@@ -86,7 +99,7 @@ bool plan_hopper(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& d
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
   // With fewer slots the tensor cores wait for them. The tensor maps count in int.
-  if (device.capability != 9 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
+  if (device.capability != 90 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
       reinterpret_cast<uintptr_t>(p.lora_B) % 16 != 0 || std::max(p.in, p.out) > INT32_MAX - 512) {
     return false;
   }
@@ -114,18 +127,25 @@ NormPlan<T> plan_norm(const NormProblem<T>& p, const NormDevice& device) {
   NormPlan<T> plan{};
   if constexpr (sizeof(T) >= 4) {
     using Tile = FmaTile<Transposed>;
-    plan = make_norm_plan(p, norm_fma_kernel<T, Transposed>, Tile::kThreads, 0, Tile::kFeatures, Tile::kColumns, 2,
-                          device);
+    plan = plan_norm_fma(p, norm_fma_kernel<T, Transposed>, Tile::kThreads, Tile::kFeatures, Tile::kColumns, device);
   } else {
     const auto on_16_bytes = [](const T* v) { return reinterpret_cast<uintptr_t>(v) % 16 == 0; };
     const bool aligned =
         p.pitch_A % 8 == 0 && (Transposed ? p.out : p.in) % 8 == 0 && on_16_bytes(p.weight) && on_16_bytes(p.lora_A);
-    // Rows of memory of at least 256 bytes a tile: 64 features of 128 columns, or turned around.
-    constexpr int kM = Transposed ? 2 : 1, kN = Transposed ? 4 : 8;
+    const auto low_rank = [&] {
+      if (!on_16_bytes(p.lora_B) || (p.rank > 16 && p.rank % 8 != 0)) return false;
+      if constexpr (Transposed) {
+        return plan_low_rank<T, RowTile<1, 8, 8, 2>, 2, true>(plan, p, device) ||
+               plan_low_rank<T, RowTile<2, 8, 8, 1>, 3, true>(plan, p, device) ||
+               plan_low_rank<T, RowTile<4, 8, 8, 1>, 2, true>(plan, p, device);
+      } else {
+        return plan_low_rank<T, RowTile<1, 8, 8, 2>, 3, false>(plan, p, device) ||
+               plan_low_rank<T, RowTile<2, 8, 8, 2>, 2, false>(plan, p, device) ||
+               plan_low_rank<T, RowTile<4, 8, 8, 1>, 2, false>(plan, p, device);
+      }
+    };
     const auto plan_aligned = [&] {
-      if (plan_low_rank<T, 1, kM, kN, Transposed>(plan, p, device)) return true;
-      if (plan_low_rank<T, 2, kM, kN, Transposed>(plan, p, device)) return true;
-      if (plan_low_rank<T, 4, 2, 4, Transposed>(plan, p, device)) return true;
+      if (low_rank()) return true;
       if constexpr (!Transposed) {
         if (plan_hopper<T>(plan, p, device)) return true;
       }

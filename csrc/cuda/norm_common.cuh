@@ -1,10 +1,7 @@
-// What the norm kernels share. All of them form tiles of W + s B A, square them and add them up along `in`:
-//
-//   owned tiles (blockIdx.x) of output features  x  splits (blockIdx.y) of the walked dimension `in`
-//
-// A block owns features, walks its share of `in`, and writes one sum of squares per feature and split to `partials`.
-// The finishing kernel adds the splits in their order (the same bits each time), takes the root and divides. A second
-// launch rather than a ticket: tickets need memory that is zero before, which costs a launch too.
+// What the norm kernels share. All of them form tiles of W + s B A, square them and add them up along `in`; a block
+// writes one sum of squares for each of its features to its row of `partials`. The finishing kernel adds the rows in
+// their order (the same bits each time), takes the root and divides. A second launch rather than a ticket: tickets need
+// memory that is zero before, which costs a launch too.
 #pragma once
 
 #include <algorithm>
@@ -61,40 +58,6 @@ __device__ __forceinline__ void stage8(T* dst, const T* base, const T* row, bool
   }
 }
 
-// lora_B's rows from feature0 on, `width` (a multiple of 8) ranks from rank0 on, zeros outside. Aligned says that
-// copies may be asynchronous at all; whether B's rows start on 16 bytes is looked up here, since ranks like 4 are
-// common.
-template <bool Aligned, typename T>
-__device__ __forceinline__ void load_lora_B(const NormProblem<T>& p, T* dst, int pitch, int64_t feature0, int features,
-                                            int rank0, int width) {
-  const bool aligned = Aligned && p.rank % 8 == 0 && reinterpret_cast<uintptr_t>(p.lora_B) % 16 == 0;
-#pragma unroll 1
-  for (int c = threadIdx.x; c < features * (width / 8); c += blockDim.x) {
-    const int f = c / (width / 8), k = c % (width / 8) * 8;
-    const T* row = p.lora_B + (feature0 + f) * p.rank;
-    const bool valid = feature0 + f < p.out;
-    if (aligned) {
-      stage8<true>(dst + f * pitch + k, p.lora_B, row, valid, rank0 + k, p.rank);
-    } else {
-      stage8<false>(dst + f * pitch + k, p.lora_B, row, valid, rank0 + k, p.rank);
-    }
-  }
-}
-
-// W's 16 x 16 corner at (feature, walked) of a tile in shared memory, in the layout of two mma results side by side:
-// w[0], w[1] belong to d[0..1], d[2..3] of the walked columns 0-7, w[2], w[3] to those of 8-15.
-// The tile is (features, walked), or (walked, features) when Transposed, where ldmatrix turns it around.
-template <bool Transposed, typename T>
-__device__ __forceinline__ void load_weight_fragment(uint32_t (&w)[4], const T* tile, int pitch, int feature,
-                                                     int walked) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (Transposed) {
-    load_matrix_x4<true>(w, tile + (walked + lane / 16 * 8 + lane % 8) * pitch + feature + lane / 8 % 2 * 8);
-  } else {
-    load_matrix_x4<false>(w, tile + (feature + lane % 16) * pitch + walked + lane / 16 * 8);
-  }
-}
-
 // sums[0] (feature g), sums[1] (feature g + 8) += squares of W + s d, over the 16 walked columns of both results.
 template <typename T>
 __device__ __forceinline__ void add_squares(float (&sums)[2], const uint32_t (&w)[4], const float (&left)[4],
@@ -143,12 +106,15 @@ struct Splits {
   int count;
 };
 
-// `slots` blocks run at once. Every block also pays about two tiles of work to start up and finish.
-inline Splits split_walk(int64_t owned_tiles, int64_t walked_tiles, int64_t slots) {
-  Splits best{walked_tiles, walked_tiles > 0 ? 1 : 0};
+// `slots` blocks run at once. Every block also pays about two tiles of work to start up and finish. No split has more
+// than most_tiles.
+inline Splits split_walk(int64_t owned_tiles, int64_t walked_tiles, int64_t slots, int64_t most_tiles) {
+  Splits best{0, 0};
+  if (owned_tiles == 0 || walked_tiles == 0) return best;
   int64_t best_cost = INT64_MAX;
-  const int64_t most = std::min(walked_tiles, (2 * slots + owned_tiles - 1) / owned_tiles);
-  for (int64_t count = 1; count <= most; ++count) {
+  const int64_t least = (walked_tiles + most_tiles - 1) / most_tiles;
+  const int64_t most = std::max(least, std::min(walked_tiles, (2 * slots + owned_tiles - 1) / owned_tiles));
+  for (int64_t count = least; count <= most; ++count) {
     const int64_t tiles = (walked_tiles + count - 1) / count;
     const int64_t waves = (owned_tiles * count + slots - 1) / slots;
     if (waves * (tiles + 2) < best_cost) {
@@ -162,11 +128,18 @@ inline Splits split_walk(int64_t owned_tiles, int64_t walked_tiles, int64_t slot
 // ---------------------------------------------------------------------------------------------------------------------
 // Finish
 
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // norm (out,), gain (out,); cached (out,) is read when the fingerprint says that it holds, else written.
 template <typename Acc>
 __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
                                    const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  wait_for_kernel_before();
   if (i >= out) return;
   Acc n;
   if (is_stale(fingerprint)) {
@@ -181,12 +154,27 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
   gain[i] = n > 0 ? magnitude.at<Acc>(i) / n : Acc(0);
 }
 
+// Devices of capability 9 set it up while the kernel before it still runs: it waits for that one's end by itself, if it
+// was compiled for them.
 template <typename Acc>
 void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
-                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, cudaStream_t stream) {
-  const int threads = 128;
-  norm_finish_kernel<Acc><<<static_cast<unsigned>((out + threads - 1) / threads), threads, 0, stream>>>(
-      partials, splits, out, magnitude, fingerprint, cached, norm, gain);
+                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, int capability,
+                        cudaStream_t stream) {
+  static const bool waits = [] {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, norm_finish_kernel<Acc>) == cudaSuccess && attributes.ptxVersion >= 90;
+  }();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(128);
+  config.gridDim = dim3(static_cast<unsigned>((out + config.blockDim.x - 1) / config.blockDim.x));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = capability >= 90 && waits ? 1 : 0;
+  cudaLaunchKernelEx(&config, norm_finish_kernel<Acc>, partials, splits, out, magnitude, fingerprint, cached, norm,
+                     gain);
 }
 
 }  // namespace dora_ext

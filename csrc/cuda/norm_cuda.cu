@@ -1,11 +1,11 @@
 // norm and norm_cached on CUDA. The kernels and how one is chosen: norm.cuh.
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../check.h"
 #include "launch.h"
 #include "norm.cuh"
+#include "norm_factors.h"
 #include "norm_fingerprint.cuh"
 
 namespace dora_ext {
@@ -25,10 +25,8 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
   const bool view = !weight.is_contiguous() && weight.t().is_contiguous();
   if (view) transposed = !transposed;
   const Tensor w = view ? weight.t() : weight.contiguous();
-  Tensor a = lora_A.to(w.scalar_type()).contiguous();
-  // A vocabulary of odd size puts A's rows off 16 bytes, and W's not: a copy of A keeps W on the fast path.
-  if (transposed && in % 8 != 0 && w.element_size() == 2) a = at::constant_pad_nd(a, {0, 8 - in % 8});
-  const Tensor b = lora_B.to(w.scalar_type()).contiguous();
+  const NormFactors factors(lora_A, lora_B, w.scalar_type(), transposed);
+  const Tensor &a = factors.A, &b = factors.B;
   const Tensor m = magnitude.contiguous();
   const cudaStream_t stream = current_stream();
 
@@ -48,7 +46,7 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
     if (marks != nullptr) launch_fingerprint(problem, transposed, scaling, marks, device.multiprocessors, stream);
     launch_norm(plan, problem, stream);
     launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
-                            mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
+                            mutable_data<Acc>(norm), mutable_data<Acc>(gain), device.capability, stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {norm, gain};

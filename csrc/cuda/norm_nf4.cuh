@@ -1,51 +1,54 @@
 // The norm of a W packed in NF4, and its fingerprint.
 //
-//   fp16, bf16; rank <= 64; in a multiple of 32   norm_nf4_kernel, over packed bytes
+//   fp16, bf16; rank <= 64; in a multiple of 32   norm_rows_nf4.cuh, over packed bytes
 //   else                                          a stretch of rows after the other is unpacked for the dense norm
 #pragma once
 
-#include "low_rank_nf4.cuh"
 #include "norm_fingerprint.cuh"
-#include "norm_low_rank.cuh"
+#include "norm_rows_nf4.cuh"
 
 namespace dora_ext {
 
-template <typename T, int KT, int WM, int WN>
-using Nf4Tile = LowRankShape<KT, WM, WN, 2, Nf4Source<T>>;
-
-// Blocks on a multiprocessor that registers are kept for. sm_75 needs them to do what it has no instructions for.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kNf4Resident = 2;
-#else
-constexpr int kNf4Resident = 3;
-#endif
-
-template <typename T, int KT, int WM, int WN>
-__global__ void __launch_bounds__(32 * WM * WN, KT == 1 ? kNf4Resident : 2)
-    norm_nf4_kernel(NormProblem<T> p, Nf4Matrix matrix, int64_t tiles_per_split) {
-  using Tile = Nf4Tile<T, KT, WM, WN>;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  if (Tile::kSharedBytes > kSharedLimit || !is_stale(p.fingerprint)) return;
-  Nf4Source<T> source{p, matrix};
-  SquareSink<T> sink;
-  walk_low_rank<Tile>(p, tiles_per_split, shared_bytes, source, sink);
-  write_partials<WM, WN>(p, sink.sums, reinterpret_cast<float*>(shared_bytes),
-                         static_cast<int64_t>(blockIdx.x) * Tile::kFeatures);
-}
-
 template <typename T>
-using NormNf4Plan = LowRankPlan<void(NormProblem<T>, Nf4Matrix, int64_t)>;
+struct NormNf4Plan {
+  void (*kernel)(NormProblem<T>, Nf4Matrix, int64_t) = nullptr;  // null: no tile fits
+  int threads = 0;
+  int64_t shared_bytes = 0;
+  int64_t strips = 0;  // of columns: rows of partials
+  Splits chunks{};     // of rows
+
+  void launch(const NormProblem<T>& p, const Nf4Matrix& matrix, cudaStream_t stream) const {
+    if (strips == 0) return;  // in = 0
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const dim3 grid(static_cast<unsigned>(chunks.count), static_cast<unsigned>(strips));
+    kernel<<<grid, threads, shared_bytes, stream>>>(p, matrix, chunks.tiles);
+  }
+};
+
+// As many blocks run at once as their registers allow (kResident), and the shared memory of the device.
+template <typename T, typename Tile, int kResident>
+bool plan_rows_nf4(NormNf4Plan<T>& plan, const NormProblem<T>& p, int multiprocessors, int64_t shared_limit) {
+  constexpr int64_t kOwn = kNf4TableBytes + kNf4CodeBytes, kReserved = 1024;  // by the driver, for each block
+  const int64_t resident = std::min<int64_t>(kResident, (shared_limit + kReserved) / (kOwn + kReserved));
+  if (p.rank > Tile::kRank || resident == 0) return false;
+  const int64_t left = (shared_limit + kReserved) / resident - kReserved - kOwn;
+  const int64_t most = std::min<int64_t>(kMostRowTiles, left / row_sums_bytes<Tile>(1));
+  if (most == 0) return false;
+  const int64_t strips = (p.in + Tile::kBlockColumns - 1) / Tile::kBlockColumns;
+  const Splits chunks = split_walk(strips, (p.out + 15) / 16, resident * multiprocessors, most);
+  plan = {norm_nf4_rows_kernel<T, Tile, kResident>, Tile::kThreads, kOwn + row_sums_bytes<Tile>(chunks.tiles), strips,
+          chunks};
+  return true;
+}
 
 template <typename T>
 NormNf4Plan<T> plan_norm_nf4(const NormProblem<T>& p, int multiprocessors, int64_t shared_limit) {
   NormNf4Plan<T> plan;
-  const auto plan_tile = [&](auto tile, auto* kernel, int resident) {
-    return plan_low_rank_tile<decltype(tile)>(plan, kernel, p.rank, p.out, p.in, resident, multiprocessors,
-                                              shared_limit);
-  };
-  [[maybe_unused]] const bool planned = plan_tile(Nf4Tile<T, 1, 1, 8>{}, norm_nf4_kernel<T, 1, 1, 8>, 3) ||
-                                        plan_tile(Nf4Tile<T, 2, 1, 8>{}, norm_nf4_kernel<T, 2, 1, 8>, 2) ||
-                                        plan_tile(Nf4Tile<T, 4, 2, 4>{}, norm_nf4_kernel<T, 4, 2, 4>, 2);
+  const bool fits = p.in % 32 == 0 && (p.rank <= 16 || p.rank % 8 == 0);
+  [[maybe_unused]] const bool planned =
+      fits && (plan_rows_nf4<T, RowTile<1, 8, 32, 1>, 2>(plan, p, multiprocessors, shared_limit) ||
+               plan_rows_nf4<T, RowTile<2, 8, 16, 1>, 2>(plan, p, multiprocessors, shared_limit) ||
+               plan_rows_nf4<T, RowTile<4, 4, 16, 1>, 3>(plan, p, multiprocessors, shared_limit));
   return plan;
 }
 
@@ -56,7 +59,7 @@ template <typename T, bool Nested>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_stale_nf4_kernel(const uint8_t* __restrict__ packed, Nf4Scales scales, int block_shift, int64_t numel,
                                 T* __restrict__ out, const int64_t* fingerprint) {
-  if (is_stale(fingerprint)) dequantize_block<T, Nested>(packed, scales, block_shift, numel, out);
+  if (is_stale(fingerprint)) dequantize_block<T, Nested, false>(packed, scales, block_shift, numel, out);
 }
 
 template <typename T>

@@ -10,6 +10,7 @@
 #include "launch.h"
 #include "nf4_operands.h"
 #include "norm.cuh"
+#include "norm_factors.h"
 #include "norm_nf4.cuh"
 
 namespace dora_ext {
@@ -18,20 +19,23 @@ namespace {
 struct Nf4Call {
   Nf4Operands operands;
   int64_t blocksize;
-  Tensor lora_A, lora_B, magnitude, norm, gain;
+  NormFactors factors;
+  Tensor magnitude, norm, gain;
   int64_t* fingerprint;
   float* cached;
 
-  void finish(const float* partials, int splits, int64_t row, int64_t rows, cudaStream_t stream) const {
+  void finish(const float* partials, int splits, int64_t row, int64_t rows, const NormDevice& device,
+              cudaStream_t stream) const {
     launch_norm_finish<float>(partials, splits, rows, feature_vector(magnitude.narrow(0, row, rows)), fingerprint,
                               cached == nullptr ? nullptr : cached + row, mutable_data<float>(norm) + row,
-                              mutable_data<float>(gain) + row, stream);
+                              mutable_data<float>(gain) + row, device.capability, stream);
   }
 };
 
-// Rows that are unpacked at once: whole NF4 blocks, and few enough to stay in an L2 cache.
+// Rows that are unpacked at once: whole NF4 blocks, lora_B's rows from 16 bytes on, and few enough to stay in an L2
+// cache.
 int64_t rows_at_once(int64_t out, int64_t in, int64_t blocksize) {
-  const int64_t step = blocksize / std::gcd(blocksize, std::max<int64_t>(1, in));
+  const int64_t step = std::max<int64_t>(8, blocksize / std::gcd(blocksize, std::max<int64_t>(1, in)));
   const int64_t most = (int64_t{8} << 20) / std::max<int64_t>(1, in) / step * step;
   return std::min(out, std::max(step, most));
 }
@@ -39,7 +43,7 @@ int64_t rows_at_once(int64_t out, int64_t in, int64_t blocksize) {
 template <typename T>
 void run_dense(const Nf4Call& call, NormProblem<T> problem, const NormDevice& device, cudaStream_t stream) {
   const int64_t out = problem.out, in = problem.in, at_once = rows_at_once(out, in, call.blocksize);
-  const auto options = call.lora_A.options();
+  const auto options = call.factors.A.options();
   const Tensor unpacked = at::empty({at_once, in}, options);
   Tensor partials;
   for (int64_t row = 0; row < out; row += at_once) {
@@ -56,20 +60,19 @@ void run_dense(const Nf4Call& call, NormProblem<T> problem, const NormDevice& de
     partials = at::empty({plan.splits.count, rows}, options.dtype(at::kFloat));
     piece.partials = mutable_data<float>(partials);
     launch_norm(plan, piece, stream);
-    call.finish(piece.partials, plan.splits.count, row, rows, stream);
+    call.finish(piece.partials, plan.splits.count, row, rows, device, stream);
   }
 }
 
 // Whether there is a kernel for it; then it has run.
 template <typename T>
 bool run_packed(const Nf4Call& call, NormProblem<T> problem, const NormDevice& device, cudaStream_t stream) {
-  const int block_shift = shift_of(call.blocksize), group_shift = group_shift_of(problem.in, block_shift);
   const NormNf4Plan<T> plan = plan_norm_nf4<T>(problem, device.multiprocessors, device.shared_bytes);
-  if (group_shift < 5 || plan.kernel == nullptr || problem.pitch_A % 8 != 0) return false;
-  const Tensor partials = at::empty({plan.splits.count, problem.out}, call.norm.options());
+  if (plan.kernel == nullptr) return false;
+  const Tensor partials = at::empty({plan.strips, problem.out}, call.norm.options());
   problem.partials = mutable_data<float>(partials);
-  plan.launch(stream, problem, Nf4Matrix{call.operands.bytes(), call.operands.scales, block_shift, group_shift});
-  call.finish(problem.partials, plan.splits.count, 0, problem.out, stream);
+  plan.launch(problem, Nf4Matrix{call.operands.bytes(), call.operands.scales, shift_of(call.blocksize)}, stream);
+  call.finish(problem.partials, static_cast<int>(plan.strips), 0, problem.out, device, stream);
   return true;
 }
 
@@ -85,8 +88,7 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
   const int64_t out = shape[0], in = shape[1];
   const Nf4Call call{{packed, absmax, nested_absmax, nested_code, offset, nested_blocksize},
                      blocksize,
-                     aligned(lora_A.to(dtype), 16),
-                     lora_B.to(dtype).contiguous(),
+                     {lora_A, lora_B, dtype, false},
                      magnitude.contiguous(),
                      at::empty({out}, options),
                      at::empty({out}, options),
@@ -100,12 +102,12 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, double>) {
       const NormProblem<T> problem{nullptr,
-                                   data<T>(call.lora_A),
-                                   data<T>(call.lora_B),
+                                   data<T>(call.factors.A),
+                                   data<T>(call.factors.B),
                                    out,
                                    in,
                                    in,
-                                   static_cast<int>(call.lora_A.size(0)),
+                                   static_cast<int>(call.factors.A.size(0)),
                                    static_cast<float>(scaling),
                                    nullptr,
                                    call.fingerprint};

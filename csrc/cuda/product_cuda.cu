@@ -18,6 +18,9 @@ const char* misfit(const Tensor& left, const Tensor& right, const OptionalTensor
       device_attribute(cudaDevAttrComputeCapabilityMinor) != 0 || map_encoder() == nullptr) {
     return "it on a Hopper GPU (compute capability 9.0)";
   }
+  *name = "this build";
+  if (!has_product_kernel()) return "kernels for compute capability 9.0 in it: TORCH_CUDA_ARCH_LIST was without 9.0";
+  *name = "left";
   if (const char* why = product_matrix_misfit(left)) return why;
   *name = "right";
   // The result's rows lie on 16 bytes too.

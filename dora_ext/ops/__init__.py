@@ -1,6 +1,6 @@
 """The ops' public functions. Each page holds one op: function, fake kernel, autograd."""
 
-from . import decode, product, scaled_weight  # noqa: F401  their fake kernels
+from . import decode, product  # noqa: F401  their fake kernels
 from .compose import dora_delta
 from .conv import dora_conv
 from .embedding import dora_embedding

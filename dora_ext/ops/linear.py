@@ -28,6 +28,15 @@ def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scal
     )
 
 
+@fake("adapter_backward")
+def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask):
+    like = (grad, h, lora_B, norm, norm)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else grad.new_empty(0)
+        for i, t in enumerate(like)
+    )
+
+
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed):

@@ -1,0 +1,43 @@
+// adapter_backward, composed; registered for all backends. One that does it in fewer passes takes its place.
+#include "adapter_backward.h"
+
+#include <torch/library.h>
+
+#include "check_linear.h"
+#include "inside_op.h"
+#include "products.h"
+
+namespace dora_ext {
+namespace {
+
+AdapterGradients adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
+                                  const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
+                                  int64_t mask) {
+  check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+  return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+}
+
+}  // namespace
+
+AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
+                                           const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
+                                           const OptionalTensor& bias, double scaling, int64_t mask) {
+  static auto compose_backward = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool)>(
+      "dora_ext::compose_backward");
+  InsideOp guard;
+  // One for each: results must not share memory.
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  const auto [G, grad_m, grad_b] = compose_backward.call(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt,
+                                                         y.has_value(), /*delta=*/false, /*channels_first=*/false);
+  return {mask & kWantG ? G : none(),
+          mask & kWantP ? product_with_narrow(G, lora_B.to(grad.scalar_type()), scaling) : none(),
+          mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(), mask & kWantMagnitude ? grad_m : none(),
+          mask & kWantBias ? grad_b : none()};
+}
+
+TORCH_LIBRARY_IMPL(dora_ext, CompositeExplicitAutograd, m) {
+  m.impl("adapter_backward", adapter_backward);
+}
+
+}  // namespace dora_ext

@@ -1,0 +1,23 @@
+// adapter_backward: everything of a linear layer's backward pass that looks at the output's gradient (tokens, out),
+// apart from the one large product. Symbols as in ops.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "check.h"
+
+namespace dora_ext {
+
+// Bits of `mask`, in the order of the results: G, P = s G B, grad_B, grad_magnitude, grad_bias.
+constexpr int64_t kWantG = 1, kWantP = 2, kWantB = 4, kWantMagnitude = 8, kWantBias = 16;
+
+using AdapterGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Of library products and compose_backward, on every backend.
+AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
+                                           const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
+                                           const OptionalTensor& bias, double scaling, int64_t mask);
+
+}  // namespace dora_ext

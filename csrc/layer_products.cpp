@@ -1,0 +1,105 @@
+#include "layer_products.h"
+
+#include <ATen/ScalarOps.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <string>
+#include <string_view>
+
+#include "inside_op.h"
+#include "product_choice.h"
+
+namespace dora_ext {
+namespace {
+
+enum class Products { kAuto, kLibrary, kHopper };
+
+std::atomic<Products> chosen{Products::kAuto};
+
+// Whether the hand-written product for Hopper takes [left | tail] [right | its tail]^T, a tail that we make ourselves,
+// as wide and as well aligned as `tail`. It does at one go what costs the library's product one or two more passes over
+// a tokens x features array, and by itself is as fast (docs/hopper.md).
+bool hopper_takes(const Tensor& left, const Tensor& right, const Tensor& tail, bool right_transposed) {
+  static auto fits = find_op<bool(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool)>(
+      "dora_ext::hopper_product_fits");
+  const Products which = chosen;
+  if (!left.is_cuda() || which == Products::kLibrary || !fits.call(left, right, tail, tail, right_transposed)) {
+    return false;
+  }
+  return which == Products::kHopper ||
+         hopper_product_wins(left.size(0), right.size(right_transposed ? 1 : 0), left.size(1));
+}
+
+Tensor hopper_product(const Tensor& left, const Tensor& right, const Tensor& left_tail, const Tensor& right_tail,
+                      const OptionalTensor& gain, const OptionalTensor& bias, bool right_transposed) {
+  static auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                  const OptionalTensor&, const OptionalTensor&, bool)>("dora_ext::hopper_product");
+  return op.call(left, right, left_tail, right_tail, gain, bias, right_transposed);
+}
+
+// s * t in `dtype`, rounded once, in one launch.
+Tensor scaled_to(const Tensor& t, double scaling, at::ScalarType dtype) {
+  if (scaling == 1) return t.to(dtype);
+  Tensor result = at::empty(t.sizes(), t.options().dtype(dtype));
+  return at::mul_out(result, t, at::native::wrapped_scalar_tensor(scaling));
+}
+
+// Which of the two the layers run on from now on: "auto", "library" or, wherever it fits, "hopper"; returns what it was
+// before. For tests and measurements.
+std::string choose_products(std::string_view which) {
+  constexpr const char* kNames[] = {"auto", "library", "hopper"};
+  for (int i = 0; i < 3; ++i) {
+    if (which == kNames[i]) return kNames[static_cast<int>(chosen.exchange(static_cast<Products>(i)))];
+  }
+  TORCH_CHECK_VALUE(false, "dora_ext::choose_products: which: expected auto, library or hopper, got ",
+                    std::string(which));
+}
+
+}  // namespace
+
+Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& h, const Tensor& lora_B,
+                       const Tensor& gain, const OptionalTensor& bias, double scaling) {
+  const auto dtype = x.scalar_type();
+  if (hopper_takes(x, weight, h, transposed)) {
+    const Tensor B = scaled_to(lora_B, scaling, dtype);
+    const OptionalTensor b = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
+    return hopper_product(x, weight, h, transposed ? B.t().contiguous() : B, gain.to(at::kFloat), b, transposed);
+  }
+  static auto compose_ =
+      find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool)>(
+          "dora_ext::compose_");
+  Tensor y;
+  OptionalTensor rest = bias;
+  if (bias && x.is_cpu()) {
+    // With the bias inside the product, as the base layer has it, an adapter that does nothing yet changes not a bit:
+    // g (x W^T + bias) + (1 - g) bias. On CUDA the other order is one launch less.
+    y = at::linear(x, transposed ? weight.t() : weight, bias->to(dtype));
+    rest = bias->sub(gain.mul(*bias));
+  } else {
+    y = at::mm(x, transposed ? weight : weight.t());
+  }
+  compose_.call(y, h, lora_B, gain, rest, scaling, /*delta=*/false, /*channels_first=*/false);
+  return y;
+}
+
+Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {
+  // To this product W is the other way round.
+  if (hopper_takes(G, weight, P, !transposed)) {
+    const Tensor tail = transposed ? A.t().contiguous() : A.contiguous();
+    return hopper_product(G, weight, P, tail, std::nullopt, std::nullopt, !transposed);
+  }
+  const Tensor W = transposed ? weight.t() : weight;
+  // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more.
+  return G.is_cpu() ? at::mm(P, A).addmm_(G, W) : at::mm(G, W).addmm_(P, A);
+}
+
+TORCH_LIBRARY_IMPL(dora_ext, CatchAll, m) {
+  m.impl("choose_products", choose_products);
+}
+
+}  // namespace dora_ext

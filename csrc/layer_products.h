@@ -1,0 +1,18 @@
+// The two large products of a linear layer, with everything that belongs to them. Symbols as in ops.cpp; x, G and P by
+// tokens.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "check.h"
+
+namespace dora_ext {
+
+// y = g * (x W^T + s h B^T) + bias
+Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& h, const Tensor& lora_B,
+                       const Tensor& gain, const OptionalTensor& bias, double scaling);
+
+// dX = G W + P A
+Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);
+
+}  // namespace dora_ext

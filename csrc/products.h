@@ -1,0 +1,40 @@
+// Products of a wide matrix and a narrow one, of a rank's width: our own loops on the CPU, else the library's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "cpu/narrow.h"
+
+namespace dora_ext {
+
+// Where our own loops for narrow matrices beat the library.
+inline bool has_cpu_loops(const at::Tensor& t) {
+  return t.is_cpu() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
+// scaling * wide (tokens, features) narrow (features, r)
+inline at::Tensor product_with_narrow(const at::Tensor& wide, const at::Tensor& narrow, double scaling = 1) {
+  if (has_cpu_loops(wide)) return cpu::multiply_narrow(wide, narrow, scaling);
+  if (scaling == 1) return at::mm(wide, narrow);
+  return at::empty({wide.size(0), narrow.size(1)}, wide.options()).addmm_(wide, narrow, /*beta=*/0, scaling);
+}
+
+// left right, for the gradient of a parameter: in the parameter's dtype, and on CUDA not rounded to half precision on
+// the way there. (The CPU has no product with that result; it rounds once.)
+inline at::Tensor product_for(const at::Tensor& parameter, const at::Tensor& left, const at::Tensor& right) {
+  const auto dtype = parameter.scalar_type();
+  if (left.is_cuda() && left.scalar_type() != dtype && dtype == at::kFloat) return at::mm(left, right, dtype);
+  return at::mm(left, right).to(dtype);
+}
+
+// dB = s G^T h
+inline at::Tensor grad_of_B(const at::Tensor& lora_B, const at::Tensor& G, const at::Tensor& h, double scaling) {
+  if (has_cpu_loops(G)) return cpu::multiply_transposed_narrow(G, h, scaling).to(lora_B.scalar_type());
+  at::Tensor grad_B = product_for(lora_B, G.t(), h);
+  if (scaling != 1) grad_B.mul_(scaling);
+  return grad_B;
+}
+
+}  // namespace dora_ext
