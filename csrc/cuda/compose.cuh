@@ -1,6 +1,6 @@
 // compose: the pass over a layer's output. Which kernel does it, and where the rest of the story is.
 //
-//   features last    fp16, bf16   rank > 64, aligned   compose_high_rank.cuh
+//   features last    fp16, bf16   rank > 96, aligned   compose_high_rank.cuh
 //                                 any                  compose_mma.cuh      channels_last is the same memory
 //                    fp32, fp64   compose_fma.cuh
 //   channels first   every dtype  compose_fma.cuh
@@ -16,7 +16,7 @@ namespace dora_ext {
 
 template <typename T>
 bool plan_compose_high_rank(const ComposeProblem<T>& p, cudaStream_t stream) {
-  if (p.rank <= 64 || p.out % 8 != 0 || !on_16_bytes(p.base) || !on_16_bytes(p.result)) return false;
+  if (p.rank <= 96 || p.out % 8 != 0 || !on_16_bytes(p.base) || !on_16_bytes(p.result)) return false;
   int device = 0, major = 0, multiprocessors = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

@@ -1,5 +1,6 @@
-// compose with the features last, fp16 and bf16, ranks above 64: tiles of h B^T (product_walk.cuh: left = h, right =
-// lora_B, dealt) that meet base in registers. Bound by the tensor cores rather than by memory.
+// compose with the features last, fp16 and bf16, ranks above 96: tiles of h B^T (product_walk.cuh: left = h, right =
+// lora_B, dealt) that meet base in registers. Bound by the tensor cores rather than by memory. On an H100,
+// 4096 x 4096: rank 96 37.0 us, in compose_mma.cuh 35.9; rank 128 36.3 and 39.5.
 //
 // Base's part of a tile passes through shared memory only so that it can be under way while the products are formed:
 // every thread fetches the 16 bytes that it will use itself, and no other thread sees them.

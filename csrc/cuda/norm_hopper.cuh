@@ -8,8 +8,14 @@
 //   slots   a ring: the tile's chunks of A (64 ranks x 256 columns), then W's tile in two halves (128 x 128)
 //           loaded: bytes came      freed: all eight warps have read it
 //
-// While one warpgroup adds up squares, the other one multiplies. What a block leaves in `partials`:
-// norm_high_rank.cuh.
+// The warpgroups need not keep in step: while one adds up squares, the other may multiply. What a block leaves in
+// `partials`: norm_high_rank.cuh.
+//
+// H100, 14336 x 4096, bf16, us with the finish (reading W alone takes 39):
+//   rank                  72   128   256   384   512
+//   here                  57    52    60    79   104
+//   norm_high_rank.cuh    70    81   140   193   242
+// It won at every size down to 1024 x 1024, by a fifth or more there. Making one warpgroup run ahead changed nothing.
 #pragma once
 
 #include "norm_high_rank.cuh"
@@ -111,7 +117,7 @@ __device__ __forceinline__ void fetch_norm_tiles(HopperNormWalk walk, const Hopp
 }
 
 // A warpgroup that multiplies.
-template <typename T, int Lead>
+template <typename T>
 __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const NormProblem<T>& p, int64_t tiles_per_block,
                                                   const unsigned char* shared, int warpgroup) {
   using N = HopperNorm;
@@ -125,8 +131,6 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
   };
 
   float squares[2] = {};
-  bool first = true;
-  if (Lead > 0 && warpgroup == 1) asm volatile("bar.sync 1, 256;\n" ::: "memory");
   for (; walk.tiles > 0; walk.next_tile()) {
     float sums[N::kColumns / 2];
     int accumulate = 0;
@@ -136,11 +140,10 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
       multiply_k16<T, true>(sums, left, right0 + walk.slot * (N::kSlotBytes >> 4) + step * kRightStep, accumulate);
       accumulate = 1;
     };
-    const auto next = [&](int chunk) {
+    const auto next = [&] {
       if (unfinished != 0) free_slot(unfinished);
       unfinished = walk.freed();
       walk.next_slot();
-      if (Lead > 0 && first && warpgroup == 0 && chunk + 1 == Lead) asm volatile("bar.arrive 1, 256;\n" ::: "memory");
     };
     for (int chunk = 0; chunk < full; ++chunk) {
       barrier_wait(walk.loaded(), walk.parity);
@@ -149,7 +152,7 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
       for (int step = 0; step < N::kInner / 16; ++step) multiply(chunk, step);
       products_commit();
       products_wait<1>();
-      next(chunk);
+      next();
     }
     if (rest_steps > 0) {
       barrier_wait(walk.loaded(), walk.parity);
@@ -159,12 +162,11 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
         products_commit();
       }
       products_wait<0>();
-      next(full);
+      next();
     }
     products_wait<0>();
     sums_are_ready(sums);
     free_slot(unfinished);
-    first = false;
 
     float tile_squares[2] = {};
 #pragma unroll
@@ -205,7 +207,7 @@ __device__ __forceinline__ void add_up_norm_tiles(HopperNormWalk walk, const Nor
   }
 }
 
-template <typename T, int Lead = 0>
+template <typename T>
 __global__ void __launch_bounds__(HopperNorm::kThreads, 1)
     norm_hopper_kernel(const __grid_constant__ HopperNormMaps maps, const NormProblem<T> p, int64_t tiles_per_block,
                        int slots) {
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(HopperNorm::kThreads, 1)
     if (threadIdx.x == 256) fetch_norm_tiles(walk, maps, p.rank);
   } else {
     take_registers<232>();
-    add_up_norm_tiles<T, Lead>(walk, p, tiles_per_block, norm_shared, warp / 4);
+    add_up_norm_tiles<T>(walk, p, tiles_per_block, norm_shared, warp / 4);
   }
 #endif
 }
