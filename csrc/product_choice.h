@@ -25,13 +25,13 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
 }
 
 // Is hopper_product with a tail expected to be done before a library product and the pass over its result that it
-// spares (a read and a write of the result)? The library is taken to be as fast as a GPU full of our tiles, but to have
-// tiles for few of them; a pass over what a round computes takes 3 us. H100 and H200 have 132 multiprocessors.
+// spares? The library is taken to be as fast as a GPU full of our tiles, but to have tiles for few of them; the pass
+// takes 2 us and 3.3 more for what a round computes. H100 and H200 have 132 multiprocessors.
 inline bool hopper_product_wins(int64_t rows, int64_t columns, int64_t inner) {
-  constexpr double kRound = 256.0 * 128 * 132 / 2, kRoundTime = 27.6 / 4096, kPassTime = 3;
+  constexpr double kRound = 256.0 * 128 * 132 / 2;
   const double rounds = static_cast<double>(rows) * static_cast<double>(columns) / kRound;
-  const double round_time = kRoundTime * static_cast<double>(inner);
-  return choose_product(rows, columns, 132).cost * round_time < rounds * (round_time + kPassTime);
+  const double round_time = 27.6 / 4096 * static_cast<double>(inner), pass_time = 2 + 3.3 * rounds;
+  return choose_product(rows, columns, 132).cost * round_time < rounds * round_time + pass_time;
 }
 
 }  // namespace dora_ext
