@@ -233,8 +233,8 @@ template <typename T, typename Tile, bool RightTransposed>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     product_kernel(const __grid_constant__ ProductMaps maps, const __grid_constant__ ProductProblem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  const uint32_t shared = shared_address(shared_bytes);
+  extern __shared__ __align__(1024) unsigned char product_shared[];
+  const uint32_t shared = shared_address(product_shared);
   const uint32_t loaded = shared + Tile::kBarriersAt, freed = loaded + Tile::kStages * 8;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
