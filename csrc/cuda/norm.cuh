@@ -99,7 +99,7 @@ bool plan_hopper(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& d
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
   // With fewer slots the tensor cores wait for them. The tensor maps count in int.
-  if (device.capability != 90 || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
+  if (device.capability != 90 || !has_norm_hopper_kernel<T>() || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
       reinterpret_cast<uintptr_t>(p.lora_B) % 16 != 0 || std::max(p.in, p.out) > INT32_MAX - 512) {
     return false;
   }
