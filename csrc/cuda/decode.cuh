@@ -74,9 +74,10 @@ __device__ __forceinline__ void allow_next_launch() {
 // ---------------------------------------------------------------------------------------------------------------------
 // h
 
-constexpr int kDecodeAdapterThreads = 512;
+constexpr int kDecodeAdapterThreads = 256, kDecodeAdapterTokens = 4;  // whose x is loaded at a time
 
-// Block i: h[:, i].
+// Block i: h[:, i]. Registers are few, so that it leaves its multiprocessors room for as many blocks of the next launch
+// as the others have.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(DecodeProblem<T> p) {
   constexpr int kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
@@ -84,39 +85,41 @@ __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(D
   allow_next_launch();
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x);
   const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
-  float sum[kDecodeTokens] = {};
-  for (int k = 8 * thread; k < p.in; k += 8 * kDecodeAdapterThreads) {
-    uint4 a[kWords], x[kDecodeTokens];
+#pragma unroll 1
+  for (int first = 0; first < p.tokens; first += kDecodeAdapterTokens) {
+    float sum[kDecodeAdapterTokens] = {};
+#pragma unroll 1
+    for (int k = 8 * thread; k < p.in; k += 8 * kDecodeAdapterThreads) {
+      uint4 a[kWords], x[kDecodeAdapterTokens];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
+      for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
 #pragma unroll
-    for (int token = 0; token < kDecodeTokens; ++token) {
-      x[token] = load16_if(token < p.tokens, p.x + static_cast<int64_t>(token) * p.in + k);
-    }
+      for (int i = 0; i < kDecodeAdapterTokens; ++i) {
+        x[i] = load16_if(first + i < p.tokens, p.x + static_cast<int64_t>(first + i) * p.in + k);
+      }
 #pragma unroll
-    for (int token = 0; token < kDecodeTokens; ++token) {
-      if (token < p.tokens) {
+      for (int i = 0; i < kDecodeAdapterTokens; ++i) {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
           float2 factor;
           if constexpr (sizeof(A) == 4) {
-            const int i = pair % 2 * 2;
-            factor.x = __uint_as_float(word_of(a[pair / 2], i));
-            factor.y = __uint_as_float(word_of(a[pair / 2], i + 1));
+            const int word = pair % 2 * 2;
+            factor.x = __uint_as_float(word_of(a[pair / 2], word));
+            factor.y = __uint_as_float(word_of(a[pair / 2], word + 1));
           } else {
             factor = unpack<A>(word_of(a[0], pair));
           }
-          const float2 two = unpack<T>(word_of(x[token], pair));
-          sum[token] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[token]));
+          const float2 two = unpack<T>(word_of(x[i], pair));
+          sum[i] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[i]));
         }
       }
     }
-  }
 #pragma unroll
-  for (int token = 0; token < kDecodeTokens; ++token) {
+    for (int i = 0; i < kDecodeAdapterTokens; ++i) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum[token] += __shfl_xor_sync(~0u, sum[token], offset);
-    if (thread % 32 == 0) of_warp[thread / 32][token] = sum[token];
+      for (int offset = 16; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
+      if (thread % 32 == 0) of_warp[thread / 32][first + i] = sum[i];
+    }
   }
   __syncthreads();
   if (thread < p.tokens) {
@@ -135,24 +138,29 @@ struct DecodeShared {
   float of_warp[kWarps][kDecodeTokens][kDecodeRows];
   float B[kDecodeRows][kDecodeKeptRank + 1];
   float h[kDecodeTokens][kDecodeKeptRank];
+  float gain[kDecodeRows], bias[kDecodeRows];
 };
 
-// A thread per result. Made at the start, while W is on its way: it loads all that the end needs but h. What is cheap
-// to find is found again: registers are for W.
+// Made at the start, while W is on its way: it loads all that the end needs but h, into shared memory, because
+// registers are for W.
 template <typename T, int kWarps>
 class DecodeEnd {
  public:
   __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared) : p_(p), shared_(shared) {
-    static_assert(kThreads >= kDecodeTokens * kDecodeRows, "a thread per result");
-    const int64_t row = first() + result_row();
-    if (has_result()) {
-      gain_ = p.gain.template at<float>(row);
-      if (p.bias.data != nullptr) bias_ = p.bias.template at<float>(row);
+    static_assert(kThreads >= kDecodeTokens * kDecodeRows && kWarps >= kDecodeTokens,
+                  "a thread per result, a warp per token");
+    const bool row_thread = threadIdx.x < kDecodeRows && first() + threadIdx.x < p.out;
+    const float gain = row_thread ? p.gain.template at<float>(first() + threadIdx.x) : 0.f;
+    const bool biased = row_thread && p.bias.data != nullptr;
+    const float bias = biased ? p.bias.template at<float>(first() + threadIdx.x) : 0.f;
+    constexpr int kLanes = kThreads / kDecodeRows;
+    const int r = threadIdx.x / kLanes;
+    if (first() + r < p.out) {
+      for (int i = threadIdx.x % kLanes; i < kept(); i += kLanes) {
+        shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
+      }
     }
-    for (int j = threadIdx.x; j < kDecodeRows * kept(); j += kThreads) {
-      const int r = j / kept(), i = j % kept();
-      if (first() + r < p.out) shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
-    }
+    if (row_thread) shared.gain[threadIdx.x] = gain, shared.bias[threadIdx.x] = bias;
   }
 
   // sum: this lane's fragment of W x^T over what its warp had; times `factor`.
@@ -161,13 +169,14 @@ class DecodeEnd {
 #pragma unroll
     for (int i = 0; i < 4; ++i) shared_.of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
     wait_for_previous_launch();
-    for (int j = thread; j < p_.tokens * kept(); j += kThreads) {
-      const int token = j / kept(), i = j % kept();
-      shared_.h[token][i] = widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]);
+    if (thread / 32 < p_.tokens) {
+      for (int i = thread % 32; i < kept(); i += 32) {
+        shared_.h[thread / 32][i] = widen(p_.h[static_cast<int64_t>(thread / 32) * p_.rank + i]);
+      }
     }
     __syncthreads();
-    if (!has_result()) return;
-    const int token = thread / kDecodeRows, row = result_row();
+    const int token = thread / kDecodeRows, row = thread % kDecodeRows;
+    if (token >= p_.tokens || first() + row >= p_.out) return;
     float u = 0, adapter = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token][row];
@@ -176,22 +185,18 @@ class DecodeEnd {
       adapter = fmaf(p_.lora_B.template at<float>((first() + row) * p_.rank + i),
                      widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter);
     }
-    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(gain_, fmaf(p_.scaling, adapter, factor * u), bias_));
+    const float sum_of_both = fmaf(p_.scaling, adapter, factor * u);
+    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(shared_.gain[row], sum_of_both, shared_.bias[row]));
   }
 
  private:
   static constexpr int kThreads = 32 * kWarps;
 
   __device__ static int64_t first() { return static_cast<int64_t>(blockIdx.x) * kDecodeRows; }
-  __device__ static int result_row() { return static_cast<int>(threadIdx.x) % kDecodeRows; }
-  __device__ bool has_result() const {
-    return static_cast<int>(threadIdx.x) / kDecodeRows < p_.tokens && first() + result_row() < p_.out;
-  }
   __device__ int kept() const { return p_.rank < kDecodeKeptRank ? p_.rank : kDecodeKeptRank; }
 
   const DecodeProblem<T>& p_;
   DecodeShared<kWarps>& shared_;
-  float gain_ = 0, bias_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
