@@ -18,8 +18,6 @@
 
 namespace dora_ext {
 
-constexpr int kDecodeKeptRank = 64;  // of B and h in shared memory; beyond it they are read from where they are
-
 // How many blocks share the registers of an SM: what was measured to be best on sm_90. Elsewhere the compiler has its
 // way, which spills none.
 constexpr int decode_blocks(int blocks) {
@@ -34,7 +32,7 @@ template <typename T>
 struct DecodeProblem {
   const T* x;            // (tokens, in), 16-byte aligned
   FeatureVector lora_A;  // (r, in), 16-byte aligned, of T or float
-  FeatureVector lora_B;  // (out, r)
+  FeatureVector lora_B;  // (out, r), like gain and bias in fp32 or 16 bits
   FeatureVector gain;    // (out,)
   FeatureVector bias;    // (out,) or null
   T* h;                  // (tokens, r)
@@ -133,70 +131,93 @@ __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(D
 // ---------------------------------------------------------------------------------------------------------------------
 // The end of a block of rows
 
-template <int kWarps>
-struct DecodeShared {
-  float of_warp[kWarps][kDecodeTokens][kDecodeRows];
-  float B[kDecodeRows][kDecodeKeptRank + 1];
-  float h[kDecodeTokens][kDecodeKeptRank];
-  float gain[kDecodeRows], bias[kDecodeRows];
-};
+// A number as it lies in memory, fp32 or 16 bits: what is widened at once is waited for at once.
+__device__ __forceinline__ uint32_t load_bits(const FeatureVector& v, int64_t i) {
+  return v.dtype == Dtype::kFloat ? __ldg(static_cast<const uint32_t*>(v.data) + i)
+                                  : uint32_t{__ldg(static_cast<const uint16_t*>(v.data) + i)};
+}
 
-// Made at the start, while W is on its way: it loads all that the end needs but h, into shared memory, because
-// registers are for W.
+__device__ __forceinline__ float widen_bits(uint32_t bits, Dtype dtype) {
+  return dtype == Dtype::kFloat  ? __uint_as_float(bits)
+         : dtype == Dtype::kHalf ? unpack<__half>(bits).x
+                                 : unpack<__nv_bfloat16>(bits).x;
+}
+
+template <int kWarps>
+using DecodeSums = float[kWarps][kDecodeTokens][kDecodeRows];
+
+// A row of W has kLanes threads: they share its row of B, and those below the number of tokens write a result. Made at
+// the start, while W is on its way: it asks for what the end needs but h.
 template <typename T, int kWarps>
 class DecodeEnd {
  public:
-  __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared) : p_(p), shared_(shared) {
-    static_assert(kThreads >= kDecodeTokens * kDecodeRows && kWarps >= kDecodeTokens,
-                  "a thread per result, a warp per token");
-    const bool row_thread = threadIdx.x < kDecodeRows && first() + threadIdx.x < p.out;
-    const float gain = row_thread ? p.gain.template at<float>(first() + threadIdx.x) : 0.f;
-    const bool biased = row_thread && p.bias.data != nullptr;
-    const float bias = biased ? p.bias.template at<float>(first() + threadIdx.x) : 0.f;
-    constexpr int kLanes = kThreads / kDecodeRows;
-    const int r = threadIdx.x / kLanes;
-    if (first() + r < p.out) {
-      for (int i = threadIdx.x % kLanes; i < kept(); i += kLanes) {
-        shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
-      }
+  __device__ explicit DecodeEnd(const DecodeProblem<T>& p) : p_(p) {
+    const int64_t row = result_row() < p.out ? result_row() : p.out - 1;
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) {
+      const int i = lane() + j * kLanes;
+      B_[j] = i < p.rank ? load_bits(p.lora_B, row * p.rank + i) : 0;
     }
-    if (row_thread) shared.gain[threadIdx.x] = gain, shared.bias[threadIdx.x] = bias;
+    gain_ = load_bits(p.gain, row);
+    bias_ = p.bias.data != nullptr ? load_bits(p.bias, row) : 0;
   }
 
-  // sum: this lane's fragment of W x^T over what its warp had; times `factor`.
-  __device__ void finish(const float (&sum)[4], float factor) const {
+  // sum: this lane's fragment of W x^T over what its warp had; times `factor`. of_warp: shared memory.
+  __device__ void finish(const float (&sum)[4], float factor, DecodeSums<kWarps>& of_warp) const {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, t = thread % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) shared_.of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
+    for (int i = 0; i < 4; ++i) of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
     wait_for_previous_launch();
-    if (thread / 32 < p_.tokens) {
-      for (int i = thread % 32; i < kept(); i += 32) {
-        shared_.h[thread / 32][i] = widen(p_.h[static_cast<int64_t>(thread / 32) * p_.rank + i]);
+    float adapter[kDecodeTokens] = {};
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) add(lane() + j * kLanes, B_[j], adapter);
+    const int64_t row = result_row() < p_.out ? result_row() : p_.out - 1;
+    for (int i = lane() + kEarly * kLanes; i < p_.rank; i += kLanes) {
+      add(i, load_bits(p_.lora_B, row * p_.rank + i), adapter);
+    }
+    float own = 0;
+#pragma unroll
+    for (int token = 0; token < kDecodeTokens; ++token) {
+      if (token < p_.tokens) {
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+          adapter[token] += __shfl_xor_sync(~0u, adapter[token], offset, kLanes);
+        }
+        if (lane() == token) own = adapter[token];
       }
     }
     __syncthreads();
-    const int token = thread / kDecodeRows, row = thread % kDecodeRows;
-    if (token >= p_.tokens || first() + row >= p_.out) return;
-    float u = 0, adapter = 0;
+    if (lane() >= p_.tokens || result_row() >= p_.out) return;
+    float u = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token][row];
-    for (int i = 0; i < kept(); ++i) adapter = fmaf(shared_.B[row][i], shared_.h[token][i], adapter);
-    for (int i = kept(); i < p_.rank; ++i) {
-      adapter = fmaf(p_.lora_B.template at<float>((first() + row) * p_.rank + i),
-                     widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter);
-    }
-    const float sum_of_both = fmaf(p_.scaling, adapter, factor * u);
-    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(shared_.gain[row], sum_of_both, shared_.bias[row]));
+    for (int warp = 0; warp < kWarps; ++warp) u += of_warp[warp][lane()][thread / kLanes];
+    const float bias = p_.bias.data != nullptr ? widen_bits(bias_, p_.bias.dtype) : 0.f;
+    const float result = fmaf(widen_bits(gain_, p_.gain.dtype), fmaf(p_.scaling, own, factor * u), bias);
+    p_.y[lane() * p_.out + result_row()] = narrow<T>(result);
   }
 
  private:
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kLanes = 32 * kWarps / kDecodeRows;
+  static constexpr int kEarly = 32 / kLanes;  // of a row of B, per lane: all of it up to rank 32
+  static_assert(kLanes >= kDecodeTokens && kLanes <= 32, "a lane per token, in one warp");
 
-  __device__ static int64_t first() { return static_cast<int64_t>(blockIdx.x) * kDecodeRows; }
-  __device__ int kept() const { return p_.rank < kDecodeKeptRank ? p_.rank : kDecodeKeptRank; }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ static int64_t result_row() {
+    return static_cast<int64_t>(blockIdx.x) * kDecodeRows + static_cast<int>(threadIdx.x) / kLanes;
+  }
+
+  __device__ __forceinline__ void add(int i, uint32_t B, float (&adapter)[kDecodeTokens]) const {
+    const float factor = widen_bits(B, p_.lora_B.dtype);
+#pragma unroll
+    for (int token = 0; token < kDecodeTokens; ++token) {
+      if (token < p_.tokens && i < p_.rank) {
+        adapter[token] = fmaf(factor, widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter[token]);
+      }
+    }
+  }
 
   const DecodeProblem<T>& p_;
-  DecodeShared<kWarps>& shared_;
+  uint32_t B_[kEarly], gain_, bias_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

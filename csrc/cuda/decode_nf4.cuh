@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
     decode_nf4_kernel(DecodeProblem<T> p, PackedDecodeWeight weight) {
   constexpr int kThreads = 32 * kWarps, kColumns = 128, kStride = kWarps * kColumns;
   static_assert(kThreads % 256 == 0, "a thread fills one entry of the table, or a part of it");
-  __shared__ DecodeShared<kWarps> shared;
+  __shared__ DecodeSums<kWarps> of_warp;
   extern __shared__ uint4 dynamic[];
   float* const nested_code = reinterpret_cast<float*>(dynamic + kDecodeTableBytes / 16);
 
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
     dynamic[entry * 8 + (i + entry) % 8] = make_uint4(pair, pair, pair, pair);
   }
   nested_code[entry] = code;
-  const DecodeEnd<T, kWarps> finisher(p, shared);
+  const DecodeEnd<T, kWarps> finisher(p);
   __syncthreads();
 
   // The two weights of byte i of a word.
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
       }
     }
   }
-  finisher.finish(sum, 1.f / kDecodeCodeFactor<T>);
+  finisher.finish(sum, 1.f / kDecodeCodeFactor<T>, of_warp);
 }
 
 template <int kWarps, int kDepth, int kBlocks, typename T>
