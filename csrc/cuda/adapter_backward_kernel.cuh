@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(256, 2)
         for (int j = 0; j < 8; ++j) {
           values.v[j] = narrow<T>(f < p.out && k < p.rank ? g * p.lora_B.template at<float>(f * p.rank + k + j) : 0.0f);
         }
-        *reinterpret_cast<Pack<T, 8>*>(b_rows + thread / 2 * Tile::kPitch + k) = values;
+        *reinterpret_cast<uint4*>(b_rows + thread / 2 * Tile::kPitch + k) = *reinterpret_cast<const uint4*>(&values);
       }
     }
     if (thread < Tile::kFeatures) {

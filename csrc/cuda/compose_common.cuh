@@ -54,7 +54,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
-// As one access of 16 bytes where it can be: the compiler takes struct copies apart when it moves them over branches.
+// To global memory, as one access of 16 bytes where it can be: the compiler takes struct copies apart when it moves
+// them over branches.
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
   if constexpr (sizeof(pack) % 16 == 0) {
