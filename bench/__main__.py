@@ -1,4 +1,4 @@
-"""python -m bench [linear] [error] [nf4] [kernels] [decode]: runs the benchmarks and writes bench/results/<device>.json.
+"""python -m bench [linear] [error] [nf4] [kernels] [decode]: writes bench/results/<device>.json.
 
 A rival that fails is written down with its error and the rest goes on. Tables come last: the end of a log has them.
 """

@@ -66,7 +66,8 @@ class NormCache:
         weight = tensors[0]
         if any(t.is_inference() for t in tensors):
             return compute(torch.ops.dora_ext.norm.default)
-        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+        # Not torch.cuda.current_stream(): making its object costs as much as a launch.
+        stream = torch._C._cuda_getCurrentRawStream(weight.device.index) if weight.is_cuda else 0
         storage = weight.untyped_storage()._cdata
         if not self._key or storage != self._key[0][0][0]:
             self._shard = find_shard(storage)
@@ -80,10 +81,11 @@ class NormCache:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
             if fits and len(self._norm) == out and self._key[2] == stream:
-                self._fingerprint[:1].zero_()
+                self._stored_hash.zero_()
             else:
                 self._norm = torch.empty(out, dtype=dtype, device=weight.device)
                 self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
+                self._stored_hash = self._fingerprint[:1]
             self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
         return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint)

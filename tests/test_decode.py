@@ -13,7 +13,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORST = {BF16: 2**-7, FP16: 2**-10}
 # Of many results, by their norm: roundings of y, h and the codebook, against a weight that is itself rounded.
 TYPICAL = {BF16: 2.6e-3, FP16: 3.5e-4}
-# in, out, r: less than a step of a warp, ragged ends of rows and columns, one output, ranks beside the kept 64.
+# in, out, r: less than a step of a warp, ragged ends of rows and columns, one output, ranks of less and more than 32.
 SHAPES = [(8, 1, 7), (200, 17, 1), (72, 33, 16), (1544, 16, 64), (2080, 130, 100)]
 PACKED_SHAPES = [(64, 1, 7), (192, 17, 1), (128, 33, 16), (1600, 16, 64), (2112, 130, 100), (1088, 40, 8)]
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (BF16, FP16)]  # of x, and of A, B and bias

@@ -94,7 +94,9 @@ def test_losses_are_pefts(tmp_path, name, flavour):
 @pytest.mark.parametrize("flavour", OURS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_losses_are_pefts_on_a_gpu(tmp_path, dtype, flavour):
-    options = {"use_cpu": False, dtype: True, "max_steps": 20}
+    # The steps of the long runs: at the short runs' learning rate half precision's rounding alone, PEFT's as well as
+    # ours, moves the losses by more than what is allowed here.
+    options = LONG | {"use_cpu": False, dtype: True}
     ours, theirs = (losses(train(f, tmp_path, **options)) for f in (flavour, "peft"))
     assert_same_losses(ours, theirs, 1e-3)
 

@@ -18,8 +18,6 @@
 
 namespace dora_ext {
 
-constexpr int kDecodeKeptRank = 64;  // of B and h in shared memory; beyond it they are read from where they are
-
 // How many blocks share the registers of an SM: what was measured to be best on sm_90. Elsewhere the compiler has its
 // way, which spills none.
 constexpr int decode_blocks(int blocks) {
@@ -34,7 +32,7 @@ template <typename T>
 struct DecodeProblem {
   const T* x;            // (tokens, in), 16-byte aligned
   FeatureVector lora_A;  // (r, in), 16-byte aligned, of T or float
-  FeatureVector lora_B;  // (out, r)
+  FeatureVector lora_B;  // (out, r), like gain and bias in fp32 or 16 bits
   FeatureVector gain;    // (out,)
   FeatureVector bias;    // (out,) or null
   T* h;                  // (tokens, r)
@@ -74,9 +72,10 @@ __device__ __forceinline__ void allow_next_launch() {
 // ---------------------------------------------------------------------------------------------------------------------
 // h
 
-constexpr int kDecodeAdapterThreads = 512;
+constexpr int kDecodeAdapterThreads = 256, kDecodeAdapterTokens = 4;  // whose x is loaded at a time
 
-// Block i: h[:, i].
+// Block i: h[:, i]. Registers are few, so that it leaves its multiprocessors room for as many blocks of the next launch
+// as the others have.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(DecodeProblem<T> p) {
   constexpr int kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
@@ -84,39 +83,41 @@ __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(D
   allow_next_launch();
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x);
   const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
-  float sum[kDecodeTokens] = {};
-  for (int k = 8 * thread; k < p.in; k += 8 * kDecodeAdapterThreads) {
-    uint4 a[kWords], x[kDecodeTokens];
+#pragma unroll 1
+  for (int first = 0; first < p.tokens; first += kDecodeAdapterTokens) {
+    float sum[kDecodeAdapterTokens] = {};
+#pragma unroll 1
+    for (int k = 8 * thread; k < p.in; k += 8 * kDecodeAdapterThreads) {
+      uint4 a[kWords], x[kDecodeAdapterTokens];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
+      for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
 #pragma unroll
-    for (int token = 0; token < kDecodeTokens; ++token) {
-      x[token] = load16_if(token < p.tokens, p.x + static_cast<int64_t>(token) * p.in + k);
-    }
+      for (int i = 0; i < kDecodeAdapterTokens; ++i) {
+        x[i] = load16_if(first + i < p.tokens, p.x + static_cast<int64_t>(first + i) * p.in + k);
+      }
 #pragma unroll
-    for (int token = 0; token < kDecodeTokens; ++token) {
-      if (token < p.tokens) {
+      for (int i = 0; i < kDecodeAdapterTokens; ++i) {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
           float2 factor;
           if constexpr (sizeof(A) == 4) {
-            const int i = pair % 2 * 2;
-            factor.x = __uint_as_float(word_of(a[pair / 2], i));
-            factor.y = __uint_as_float(word_of(a[pair / 2], i + 1));
+            const int word = pair % 2 * 2;
+            factor.x = __uint_as_float(word_of(a[pair / 2], word));
+            factor.y = __uint_as_float(word_of(a[pair / 2], word + 1));
           } else {
             factor = unpack<A>(word_of(a[0], pair));
           }
-          const float2 two = unpack<T>(word_of(x[token], pair));
-          sum[token] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[token]));
+          const float2 two = unpack<T>(word_of(x[i], pair));
+          sum[i] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[i]));
         }
       }
     }
-  }
 #pragma unroll
-  for (int token = 0; token < kDecodeTokens; ++token) {
+    for (int i = 0; i < kDecodeAdapterTokens; ++i) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum[token] += __shfl_xor_sync(~0u, sum[token], offset);
-    if (thread % 32 == 0) of_warp[thread / 32][token] = sum[token];
+      for (int offset = 16; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
+      if (thread % 32 == 0) of_warp[thread / 32][first + i] = sum[i];
+    }
   }
   __syncthreads();
   if (thread < p.tokens) {
@@ -130,68 +131,93 @@ __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(D
 // ---------------------------------------------------------------------------------------------------------------------
 // The end of a block of rows
 
-template <int kWarps>
-struct DecodeShared {
-  float of_warp[kWarps][kDecodeTokens][kDecodeRows];
-  float B[kDecodeRows][kDecodeKeptRank + 1];
-  float h[kDecodeTokens][kDecodeKeptRank];
-};
+// A number as it lies in memory, fp32 or 16 bits: what is widened at once is waited for at once.
+__device__ __forceinline__ uint32_t load_bits(const FeatureVector& v, int64_t i) {
+  return v.dtype == Dtype::kFloat ? __ldg(static_cast<const uint32_t*>(v.data) + i)
+                                  : uint32_t{__ldg(static_cast<const uint16_t*>(v.data) + i)};
+}
 
-// A thread per result. Made at the start, while W is on its way: it loads all that the end needs but h. What is cheap
-// to find is found again: registers are for W.
+__device__ __forceinline__ float widen_bits(uint32_t bits, Dtype dtype) {
+  return dtype == Dtype::kFloat  ? __uint_as_float(bits)
+         : dtype == Dtype::kHalf ? unpack<__half>(bits).x
+                                 : unpack<__nv_bfloat16>(bits).x;
+}
+
+template <int kWarps>
+using DecodeSums = float[kWarps][kDecodeTokens][kDecodeRows];
+
+// A row of W has kLanes threads: they share its row of B, and those below the number of tokens write a result. Made at
+// the start, while W is on its way: it asks for what the end needs but h.
 template <typename T, int kWarps>
 class DecodeEnd {
  public:
-  __device__ DecodeEnd(const DecodeProblem<T>& p, DecodeShared<kWarps>& shared) : p_(p), shared_(shared) {
-    static_assert(kThreads >= kDecodeTokens * kDecodeRows, "a thread per result");
-    const int64_t row = first() + result_row();
-    if (has_result()) {
-      gain_ = p.gain.template at<float>(row);
-      if (p.bias.data != nullptr) bias_ = p.bias.template at<float>(row);
+  __device__ explicit DecodeEnd(const DecodeProblem<T>& p) : p_(p) {
+    const int64_t row = result_row() < p.out ? result_row() : p.out - 1;
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) {
+      const int i = lane() + j * kLanes;
+      B_[j] = i < p.rank ? load_bits(p.lora_B, row * p.rank + i) : 0;
     }
-    for (int j = threadIdx.x; j < kDecodeRows * kept(); j += kThreads) {
-      const int r = j / kept(), i = j % kept();
-      if (first() + r < p.out) shared.B[r][i] = p.lora_B.template at<float>((first() + r) * p.rank + i);
-    }
+    gain_ = load_bits(p.gain, row);
+    bias_ = p.bias.data != nullptr ? load_bits(p.bias, row) : 0;
   }
 
-  // sum: this lane's fragment of W x^T over what its warp had; times `factor`.
-  __device__ void finish(const float (&sum)[4], float factor) const {
+  // sum: this lane's fragment of W x^T over what its warp had; times `factor`. of_warp: shared memory.
+  __device__ void finish(const float (&sum)[4], float factor, DecodeSums<kWarps>& of_warp) const {
     const int thread = static_cast<int>(threadIdx.x), group = thread % 32 / 4, t = thread % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) shared_.of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
+    for (int i = 0; i < 4; ++i) of_warp[thread / 32][2 * t + i % 2][group + i / 2 * 8] = sum[i];
     wait_for_previous_launch();
-    for (int j = thread; j < p_.tokens * kept(); j += kThreads) {
-      const int token = j / kept(), i = j % kept();
-      shared_.h[token][i] = widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]);
+    float adapter[kDecodeTokens] = {};
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) add(lane() + j * kLanes, B_[j], adapter);
+    const int64_t row = result_row() < p_.out ? result_row() : p_.out - 1;
+    for (int i = lane() + kEarly * kLanes; i < p_.rank; i += kLanes) {
+      add(i, load_bits(p_.lora_B, row * p_.rank + i), adapter);
+    }
+    float own = 0;
+#pragma unroll
+    for (int token = 0; token < kDecodeTokens; ++token) {
+      if (token < p_.tokens) {
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+          adapter[token] += __shfl_xor_sync(~0u, adapter[token], offset, kLanes);
+        }
+        if (lane() == token) own = adapter[token];
+      }
     }
     __syncthreads();
-    if (!has_result()) return;
-    const int token = thread / kDecodeRows, row = result_row();
-    float u = 0, adapter = 0;
+    if (lane() >= p_.tokens || result_row() >= p_.out) return;
+    float u = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) u += shared_.of_warp[warp][token][row];
-    for (int i = 0; i < kept(); ++i) adapter = fmaf(shared_.B[row][i], shared_.h[token][i], adapter);
-    for (int i = kept(); i < p_.rank; ++i) {
-      adapter = fmaf(p_.lora_B.template at<float>((first() + row) * p_.rank + i),
-                     widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter);
-    }
-    p_.y[token * p_.out + first() + row] = narrow<T>(fmaf(gain_, fmaf(p_.scaling, adapter, factor * u), bias_));
+    for (int warp = 0; warp < kWarps; ++warp) u += of_warp[warp][lane()][thread / kLanes];
+    const float bias = p_.bias.data != nullptr ? widen_bits(bias_, p_.bias.dtype) : 0.f;
+    const float result = fmaf(widen_bits(gain_, p_.gain.dtype), fmaf(p_.scaling, own, factor * u), bias);
+    p_.y[lane() * p_.out + result_row()] = narrow<T>(result);
   }
 
  private:
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kLanes = 32 * kWarps / kDecodeRows;
+  static constexpr int kEarly = 32 / kLanes;  // of a row of B, per lane: all of it up to rank 32
+  static_assert(kLanes >= kDecodeTokens && kLanes <= 32, "a lane per token, in one warp");
 
-  __device__ static int64_t first() { return static_cast<int64_t>(blockIdx.x) * kDecodeRows; }
-  __device__ static int result_row() { return static_cast<int>(threadIdx.x) % kDecodeRows; }
-  __device__ bool has_result() const {
-    return static_cast<int>(threadIdx.x) / kDecodeRows < p_.tokens && first() + result_row() < p_.out;
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ static int64_t result_row() {
+    return static_cast<int64_t>(blockIdx.x) * kDecodeRows + static_cast<int>(threadIdx.x) / kLanes;
   }
-  __device__ int kept() const { return p_.rank < kDecodeKeptRank ? p_.rank : kDecodeKeptRank; }
+
+  __device__ __forceinline__ void add(int i, uint32_t B, float (&adapter)[kDecodeTokens]) const {
+    const float factor = widen_bits(B, p_.lora_B.dtype);
+#pragma unroll
+    for (int token = 0; token < kDecodeTokens; ++token) {
+      if (token < p_.tokens && i < p_.rank) {
+        adapter[token] = fmaf(factor, widen(p_.h[static_cast<int64_t>(token) * p_.rank + i]), adapter[token]);
+      }
+    }
+  }
 
   const DecodeProblem<T>& p_;
-  DecodeShared<kWarps>& shared_;
-  float gain_ = 0, bias_ = 0;
+  uint32_t B_[kEarly], gain_, bias_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& x, const Tensor& lora_A, const T
                                   const OptionalTensor& bias, double scaling, F&& launch) {
   const Tensor x_ = aligned(x, 16);
   const Tensor A = aligned(lora_A.scalar_type() == x.scalar_type() ? lora_A : lora_A.to(at::kFloat), 16);
-  const Tensor B = lora_B.contiguous(), g = gain.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  const auto ready = [](const Tensor& t) {
+    return (t.scalar_type() == at::kDouble ? t.to(at::kFloat) : t).contiguous();
+  };
+  const Tensor B = ready(lora_B), g = ready(gain), b = bias ? ready(*bias) : Tensor();
   const int64_t tokens = x.size(0), rank = A.size(0), out = B.size(0);
   const Tensor y = at::empty({tokens, out}, x_.options()), h = at::empty({tokens, rank}, x_.options());
   switch_dtype(x.scalar_type(), [&](auto tag) {
@@ -54,7 +57,7 @@ std::tuple<Tensor, Tensor> linear_decode(const Tensor& x, const Tensor& weight, 
   const c10::cuda::CUDAGuard guard(x.device());
   return decode(x, lora_A, lora_B, gain, bias, scaling, [&](const auto& p) {
     using T = std::decay_t<decltype(*p.x)>;
-    launch_decode(p, data<T>(weight), current_stream());
+    launch_decode(p, data<T>(weight), multiprocessors(), current_stream());
   });
 }
 

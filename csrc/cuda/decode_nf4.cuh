@@ -62,12 +62,17 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
     decode_nf4_kernel(DecodeProblem<T> p, PackedDecodeWeight weight) {
   constexpr int kThreads = 32 * kWarps, kColumns = 128, kStride = kWarps * kColumns;
   static_assert(kThreads % 256 == 0, "a thread fills one entry of the table, or a part of it");
-  __shared__ DecodeShared<kWarps> shared;
+  __shared__ DecodeSums<kWarps> of_warp;
   extern __shared__ uint4 dynamic[];
   float* const nested_code = reinterpret_cast<float*>(dynamic + kDecodeTableBytes / 16);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int group = lane / 4, t = lane % 4;
+  const int entry = thread % 256;  // of the table and of the codes, that this thread fills
+  const bool nested = weight.scales.nested_absmax != nullptr;
+  const float offset = nested ? nested_offset<true>(weight.scales) : 0.f;
+  const float code = nested ? __ldg(weight.scales.code + entry) : 0.f;
+  const float lane_value = kNf4Device.value[lane % 16] * kDecodeCodeFactor<T>;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
   const int64_t end = first + kDecodeRows < p.out ? first + kDecodeRows : p.out;
   // The last block may have fewer rows; what is read in their place is not written.
@@ -100,19 +105,13 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
   for (int d = 0; d < kDepth; ++d) load(d, column + d * kStride);
 
   // While these come: all else. A lane has its copy of an entry at 4 * lane.
-  const bool nested = weight.scales.nested_absmax != nullptr;
-  const float offset = nested ? nested_offset<true>(weight.scales) : 0.f;
-  {
-    const int entry = thread % 256;
-    if (nested && thread < 256) nested_code[entry] = weight.scales.code[entry];
-    const uint32_t pair = pack<T>(kNf4Device.value[entry / 16] * kDecodeCodeFactor<T>,
-                                  kNf4Device.value[entry % 16] * kDecodeCodeFactor<T>);
+  const uint32_t pair = pack<T>(__shfl_sync(~0u, lane_value, entry / 16), lane_value);
 #pragma unroll
-    for (int i = thread / 256; i < 8; i += kThreads / 256) {
-      dynamic[entry * 8 + (i + entry) % 8] = make_uint4(pair, pair, pair, pair);
-    }
+  for (int i = thread / 256; i < 8; i += kThreads / 256) {
+    dynamic[entry * 8 + (i + entry) % 8] = make_uint4(pair, pair, pair, pair);
   }
-  const DecodeEnd<T, kWarps> finisher(p, shared);
+  nested_code[entry] = code;
+  const DecodeEnd<T, kWarps> finisher(p);
   __syncthreads();
 
   // The two weights of byte i of a word.
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
       }
     }
   }
-  finisher.finish(sum, 1.f / kDecodeCodeFactor<T>);
+  finisher.finish(sum, 1.f / kDecodeCodeFactor<T>, of_warp);
 }
 
 template <int kWarps, int kDepth, int kBlocks, typename T>
