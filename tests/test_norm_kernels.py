@@ -27,8 +27,10 @@ SHAPES = [
     pytest.param(3, 14336, 8, id="long rows"),
     pytest.param(70000, 64, 4, id="more tiles than blocks may have"),
 ]
-# Half precision, past norm_low_rank.cuh
+# Half precision, past norm_rows.cuh: on Hopper, or everywhere
 HIGH_RANKS = [
+    pytest.param(17000, 520, 24, id="rank 24 of a large weight"),
+    pytest.param(2100, 2056, 64, id="rank 64 of a large weight"),
     pytest.param(257, 520, 72, id="a chunk of 8 ranks at the end"),
     pytest.param(129, 1032, 100, id="lora_B's rows off 16 bytes"),
     pytest.param(8, 264, 104, id="fewer features than a tile"),

@@ -1,4 +1,4 @@
-// The norm of fp16 and bf16 weights for ranks above 64 on Hopper: tiles of lora_B A by wgmma, whose sums meet W in
+// The norm of fp16 and bf16 weights for ranks above 16 on Hopper: tiles of lora_B A by wgmma, whose sums meet W in
 // registers. For sm_90a; W (out, in).
 //
 // A block is three warpgroups: two multiply, 64 rows each of a tile of 128 x 256, and one thread of the third keeps the
@@ -12,10 +12,12 @@
 // `partials`: norm_high_rank.cuh.
 //
 // H100, 14336 x 4096, bf16, us with the finish (reading W alone takes 39):
-//   rank                  72   128   256   384   512
-//   here                  57    52    60    79   104
-//   norm_high_rank.cuh    70    81   140   193   242
-// It won at every size down to 1024 x 1024, by a fifth or more there. Making one warpgroup run ahead changed nothing.
+//   rank                  16   32   64   72   128   256   384   512
+//   here                  49   49   49   57    52    60    79   104
+//   norm_rows.cuh         46   49   67
+//   norm_high_rank.cuh                   70    81   140   193   242
+// The finish of norm_rows.cuh's row was 2 us faster already: this wins from rank 32 on. Past 64 it won at every size
+// down to 1024 x 1024, by a fifth or more there. Making one warpgroup run ahead changed nothing.
 #pragma once
 
 #include "norm_high_rank.cuh"
