@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         for method, result in results.items():
             if "error" in result:
                 print(f"{method} failed: {result['error']}")
+    dist.barrier()  # a rank that leaves while another still talks to it can bring that one down
     dist.destroy_process_group()
     return 0
 

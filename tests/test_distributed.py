@@ -73,6 +73,9 @@ NF4 = {
 @pytest.mark.parametrize("case", NF4)
 def test_nf4_bases(two, case):
     pytest.importorskip("bitsandbytes")
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
+    if NF4[case] == {"engine": "fsdp2", "nf4": "uint8"} and release < (2, 13):
+        pytest.skip("FSDP2 of this torch shards no parameters of integers")
     two.run("training.train", model="mixed", **NF4[case])
 
 
