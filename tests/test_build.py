@@ -145,7 +145,7 @@ def test_architecture_list_is_honoured(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;9.0")
     assert _build.architectures(cuda=True) == ["8.0", "8.6+PTX", "9.0"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;native")
-    with pytest.raises(_build.BuildError, match="TORCH_CUDA_ARCH_LIST: expected numbers .* got 'native'"):
+    with pytest.raises(_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST: expected numbers .* got 'native'"):
         _build.architectures(cuda=True)
     assert _build.architectures(cuda=False) == []
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")

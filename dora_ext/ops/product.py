@@ -1,4 +1,4 @@
-"""The product for Hopper that linear layers run on: g * ([x | h] [W | B]^T) + bias in one kernel. No public function."""
+"""The product for Hopper that linear layers run on: g * ([x | h] [W | B]^T) + bias in one kernel. Nothing public."""
 
 from ._registry import fake
 
