@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(256, 4)
 // The split that is expected to be done first, in bytes that a block moves: of its tiles, what a chunk and a block cost
 // besides (about 1 and 2 us), and the partial sums, which are written and read again.
 template <int KT>
-AdapterBackwardPlan plan_adapter_backward(int64_t tokens, int64_t out, int multiprocessors) {
+AdapterBackwardPlan plan_adapter_backward(int64_t tokens, int64_t out, int multiprocessors, int shared_of_each) {
   using Tile = AdapterBackwardTile<KT>;
   constexpr double kTileBytes = 3 * Tile::kBytesTile, kChunkBytes = 10e3, kBlockBytes = 20e3;
-  const int64_t slots = int64_t{multiprocessors} * 2;
+  constexpr int kReserved = 1024;  // by the driver, for each block
+  const int64_t slots = int64_t{multiprocessors} * std::clamp(shared_of_each / (Tile::kSharedBytes + kReserved), 1, 2);
   const int64_t all_chunks = ceil_div<int64_t>(out, Tile::kFeatures),
                 all_tiles = ceil_div<int64_t>(tokens, Tile::kTokens);
   AdapterBackwardPlan best{};

@@ -31,7 +31,8 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
   const int64_t tokens = grad.size(0), out = grad.size(1), rank = lora_B.size(1);
   const Tensor n = norm.to(at::kFloat).contiguous(), g = gain.to(at::kFloat).contiguous();
   const Tensor B = lora_B.contiguous(), b = bias ? bias->contiguous() : Tensor();
-  const AdapterBackwardPlan plan = plan_adapter_backward<KT>(tokens, out, multiprocessors());
+  const AdapterBackwardPlan plan = plan_adapter_backward<KT>(
+      tokens, out, multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   const Tensor G = mask & kWantG ? at::empty_like(grad) : at::empty({0}, grad.options());
   const Tensor P = at::empty({tokens, rank}, grad.options()), grad_B = at::empty({out, rank}, lora_B.options());
   const auto options = n.options();

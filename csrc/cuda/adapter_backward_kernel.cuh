@@ -56,8 +56,15 @@ __device__ __forceinline__ int swizzled(int token, int pack) {
   return token * 256 + ((pack ^ (token & 7)) << 4);
 }
 
+// Only Hopper has the memory for two blocks on a multiprocessor, and so has to make do with 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kAdapterBackwardBlocks = 1;
+#else
+constexpr int kAdapterBackwardBlocks = 2;
+#endif
+
 template <typename T, int KT>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, kAdapterBackwardBlocks)
     adapter_backward_kernel(AdapterBackwardProblem<T> p, AdapterBackwardPlan plan) {
   if (kBeforeAmpere) return;  // never launched there
   using Tile = AdapterBackwardTile<KT>;
