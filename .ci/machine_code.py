@@ -20,6 +20,8 @@ TENSOR_CORE_KERNELS = [
     "compose_mma_kernel",
     "compose_high_rank_kernel",
     "adapter_backward_kernel",
+    "decode_dense_kernel",
+    "decode_nf4_kernel",
 ]
 # Made of wgmma on Hopper, and empty for every other architecture: whoever launches them asks for the device.
 WGMMA_KERNELS = ["product_kernel", "norm_hopper_kernel"]
@@ -55,7 +57,7 @@ def check_sass(cuobjdump: str, library: str) -> list[str]:
         elif match := re.match(r"\s*Function : (\S+)", line):
             kernel = match.group(1)
             counts[arch][kernel] = 0
-        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)", line):
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", line):
             lengths[arch, kernel] += 1
             counts[arch][kernel] += bool(re.search(r"\bHG?MMA\b", line))
             wgmma[arch, kernel] += bool(re.search(r"\bHGMMA\b", line))
