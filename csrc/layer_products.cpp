@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "aligned.h"
 #include "inside_op.h"
 #include "product_choice.h"
 
@@ -68,7 +69,7 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
   if (hopper_takes(x, weight, h, transposed)) {
     const Tensor B = scaled_to(lora_B, scaling, dtype);
     const OptionalTensor b = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
-    return hopper_product(x, weight, h, transposed ? B.t().contiguous() : B, gain.to(at::kFloat), b, transposed);
+    return hopper_product(x, weight, h, aligned(transposed ? B.t() : B, 16), gain.to(at::kFloat), b, transposed);
   }
   static auto compose_ =
       find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool)>(
@@ -90,8 +91,7 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
 Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {
   // To this product W is the other way round.
   if (hopper_takes(G, weight, P, !transposed)) {
-    const Tensor tail = transposed ? A.t().contiguous() : A.contiguous();
-    return hopper_product(G, weight, P, tail, std::nullopt, std::nullopt, !transposed);
+    return hopper_product(G, weight, P, aligned(transposed ? A.t() : A, 16), std::nullopt, std::nullopt, !transposed);
   }
   const Tensor W = transposed ? weight.t() : weight;
   // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more.

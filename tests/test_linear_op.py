@@ -262,30 +262,3 @@ def test_scaling_must_be_finite_and_norm_comes_with_gain(device):
     case.scaling = float("inf")
     with pytest.raises(ValueError, match="scaling: expected a finite number"):
         case.forward()
-
-
-@pytest.fixture
-def choose():
-    """Which products layers run on; as it was again afterwards."""
-    before = torch.ops.dora_ext.choose_products("auto")
-    yield torch.ops.dora_ext.choose_products
-    torch.ops.dora_ext.choose_products(before)
-
-
-def test_choice_of_products(choose):
-    assert choose("library") == "auto" and choose("auto") == "library"
-    with pytest.raises(ValueError, match="which: expected auto, library or hopper, got fast"):
-        choose("fast")
-    assert choose("auto") == "auto"
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_product_gives_the_reference(device, choose, dtype, transposed):
-    case = Case(300, 264, 520, 24, device, dtype, transposed=transposed)
-    expected_y, expected = case.reference()
-    for which in ("library", "hopper"):  # the latter only where there is one
-        choose(which)
-        y, h, norm, gain = case.forward()
-        assert_close(y, expected_y, TOLERANCE[dtype], f"y, {which}")
-        case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])

@@ -16,6 +16,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "../aligned.h"
 #include "dtype.cuh"
 
 namespace dora_ext {
@@ -50,12 +51,6 @@ const T* data(const at::Tensor& t) {
 template <typename T>
 T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Kernels load vectors; a view may start anywhere.
-inline at::Tensor aligned(const at::Tensor& t, uintptr_t bytes) {
-  const at::Tensor c = t.contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % bytes == 0 ? c : c.clone();
 }
 
 // `t` must be contiguous and outlive the launch.

@@ -1,0 +1,48 @@
+"""The two large products of a linear layer (csrc/layer_products.cpp): each way to compute them gives the reference."""
+
+import pytest
+import torch
+from test_linear_op import Case
+
+from dora_ext.testing import TOLERANCE, assert_close
+
+
+@pytest.fixture
+def choose():
+    """Which products layers run on; as it was again afterwards."""
+    before = torch.ops.dora_ext.choose_products("auto")
+    yield torch.ops.dora_ext.choose_products
+    torch.ops.dora_ext.choose_products(before)
+
+
+def test_choice_of_products(choose):
+    assert choose("library") == "auto" and choose("auto") == "library"
+    with pytest.raises(ValueError, match="which: expected auto, library or hopper, got fast"):
+        choose("fast")
+    assert choose("auto") == "auto"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_product_gives_the_reference(device, choose, dtype, transposed):
+    case = Case(300, 264, 520, 24, device, dtype, transposed=transposed)
+    expected_y, expected = case.reference()
+    for which in ("library", "hopper"):  # the latter only where there is one
+        choose(which)
+        y, h, norm, gain = case.forward()
+        assert_close(y, expected_y, TOLERANCE[dtype], f"y, {which}")
+        case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_that_start_anywhere(device, choose, transposed):
+    """As views into one flat buffer do; scaling 1, so that nothing has to be computed of them first."""
+    case = Case(300, 264, 520, 24, device, torch.bfloat16, transposed=transposed, scaling=1.0)
+    for name in ("lora_A", "lora_B"):
+        t = case.layer[name]
+        case.layer[name] = torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    choose("hopper")
+    y, h, norm, gain = case.forward()
+    expected_y, expected = case.reference()
+    assert_close(y, expected_y, TOLERANCE[torch.bfloat16], "y")
+    case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[torch.bfloat16])
