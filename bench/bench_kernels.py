@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_ext.ops import NF4Tensor, quantize_nf4
 
+from .bench_linear import _error
 from .measure import device_ms
 
 KEY = "kernels"
@@ -40,7 +41,7 @@ def run(device: str, quick: bool, note) -> list[dict]:
                     us, moved = _measure(name, shape, r, 8 if quick else 30)
                     rivals[name] = {"us": us, "copy_us": 1e3 * moved / bytes_per_ms}
                 except Exception as error:  # one rival's failure is a result of its own
-                    rivals[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+                    rivals[name] = _error(error)
             rows.append({"out": shape[0], "in": shape[1], "r": r, "rivals": rivals})
     return rows
 

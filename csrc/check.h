@@ -33,6 +33,10 @@ inline at::ScalarType accumulate_type(at::ScalarType t) {
   return t == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline bool is_half(at::ScalarType t) {
+  return t == at::kHalf || t == at::kBFloat16;
+}
+
 inline void check_float(const char* op, const char* name, const Tensor& t) {
   const auto d = t.scalar_type();
   TORCH_CHECK_TYPE(d == at::kFloat || d == at::kDouble || d == at::kHalf || d == at::kBFloat16, op, ": ", name,

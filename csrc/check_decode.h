@@ -1,15 +1,14 @@
 // The checks of the decode ops, and the question that comes before: whether the kernel takes a layer at all.
 #pragma once
 
+#include "aligned.h"
 #include "check.h"
 #include "decode.h"
 
 namespace dora_ext {
 
 inline bool decode_takes(const Tensor& x, const Tensor& stored) {
-  const auto dtype = x.scalar_type();
-  return x.is_cuda() && (dtype == at::kHalf || dtype == at::kBFloat16) && stored.is_contiguous() &&
-         reinterpret_cast<uintptr_t>(stored.const_data_ptr()) % 16 == 0;
+  return x.is_cuda() && is_half(x.scalar_type()) && stored.is_contiguous() && lies_on(stored, 16);
 }
 
 // x (tokens, in), weight (out, in).

@@ -1,6 +1,7 @@
 // The part of check.h that knows hopper_product.
 #pragma once
 
+#include "aligned.h"
 #include "check.h"
 
 namespace dora_ext {
@@ -9,8 +10,7 @@ inline void check_hopper_product(const Tensor& left, const Tensor& right, const 
                                  const OptionalTensor& right_tail, const OptionalTensor& gain,
                                  const OptionalTensor& bias, bool right_transposed) {
   const char* op = "dora_ext::hopper_product";
-  TORCH_CHECK_TYPE(left.scalar_type() == at::kBFloat16 || left.scalar_type() == at::kHalf, op,
-                   ": left: expected bfloat16 or float16, got ", left.scalar_type());
+  TORCH_CHECK_TYPE(is_half(left.scalar_type()), op, ": left: expected bfloat16 or float16, got ", left.scalar_type());
   const auto check_matrix = [&](const char* name, const Tensor& t) {
     check_dim(op, name, t, 2);
     TORCH_CHECK_TYPE(t.scalar_type() == left.scalar_type(), op, ": ", name, ": expected the dtype of left, ",
@@ -51,7 +51,7 @@ inline const char* product_matrix_misfit(const Tensor& t) {
   if (t.stride(1) != 1 || t.stride(0) < t.size(1) || t.stride(0) % 8 != 0) {
     return "contiguous rows, the next one a multiple of 8 numbers on";
   }
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? nullptr : "data on 16 bytes";
+  return lies_on(t, 16) ? nullptr : "data on 16 bytes";
 }
 
 }  // namespace dora_ext

@@ -23,7 +23,7 @@ Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10
       find_op<Tensor(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
                      const OptionalTensor&, const OptionalTensor&, int64_t)>("dora_ext::dequantize_nf4");
   // Rounded once from fp32, so that this equals fp32 values that are rounded afterwards.
-  const bool direct = dtype == at::kFloat && (to == at::kHalf || to == at::kBFloat16);
+  const bool direct = dtype == at::kFloat && is_half(to);
   return op
       .call(packed, absmax, blocksize, shape, direct ? to : dtype, nested_absmax, nested_code, offset, nested_blocksize)
       .to(to);

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
+#include "check.h"
 #include "cpu/narrow.h"
 
 namespace dora_ext {
@@ -25,8 +26,7 @@ inline at::Tensor product_with_narrow(const at::Tensor& wide, const at::Tensor& 
 // the way there. (The CPU has no product with that result; it rounds once.)
 inline at::Tensor product_for(const at::Tensor& parameter, const at::Tensor& left, const at::Tensor& right) {
   const auto dtype = parameter.scalar_type();
-  const bool half = left.scalar_type() == at::kHalf || left.scalar_type() == at::kBFloat16;
-  if (left.is_cuda() && half && dtype == at::kFloat) return at::mm(left, right, dtype);
+  if (left.is_cuda() && is_half(left.scalar_type()) && dtype == at::kFloat) return at::mm(left, right, dtype);
   return at::mm(left, right).to(dtype);
 }
 

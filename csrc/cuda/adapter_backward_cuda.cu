@@ -13,15 +13,13 @@
 namespace dora_ext {
 namespace {
 
-bool fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B) {
+bool one_pass_fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B) {
   const auto dtype = grad.scalar_type(), wide = lora_B.scalar_type();
   const int64_t rank = lora_B.size(1);
-  const auto aligned = [](const Tensor& t) {
-    return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  };
-  return (dtype == at::kBFloat16 || dtype == at::kHalf) && (wide == dtype || wide == at::kFloat) && grad.numel() > 0 &&
-         grad.size(1) % 8 == 0 && rank > 0 && rank <= 32 && rank % 8 == 0 && aligned(grad) && (!y || aligned(*y)) &&
-         aligned(h) && capability() >= 80 && shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
+  const auto fits = [](const Tensor& t) { return t.is_contiguous() && lies_on(t, 16); };
+  return is_half(dtype) && (wide == dtype || wide == at::kFloat) && grad.numel() > 0 && grad.size(1) % 8 == 0 &&
+         rank > 0 && rank <= 32 && rank % 8 == 0 && fits(grad) && (!y || fits(*y)) && fits(h) && capability() >= 80 &&
+         shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
 }
 
 template <typename T, int KT>
@@ -33,7 +31,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
   const Tensor B = lora_B.contiguous(), b = bias ? bias->contiguous() : Tensor();
   const AdapterBackwardPlan plan = plan_adapter_backward<KT>(
       tokens, out, multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
-  const Tensor G = mask & kWantG ? at::empty_like(grad) : at::empty({0}, grad.options());
+  const Tensor G = mask & kWantG ? at::empty_like(grad) : Tensor();
   const Tensor P = at::empty({tokens, rank}, grad.options()), grad_B = at::empty({out, rank}, lora_B.options());
   const auto options = n.options();
   const Tensor grad_m = at::empty({out}, options), grad_b = at::empty({out}, options);
@@ -47,7 +45,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
   p.lora_B = feature_vector(B);
   p.gain = data<float>(g);
   p.bias = bias ? feature_vector(b) : FeatureVector{nullptr, Dtype::kFloat};
-  p.scaled = G.numel() > 0 ? mutable_data<T>(G) : nullptr;
+  p.scaled = G.defined() ? mutable_data<T>(G) : nullptr;
   p.partial_E = mutable_data<float>(partials);
   p.partial_P = p.partial_E + size_E;
   p.sums = p.partial_P + size_P;
@@ -67,7 +65,10 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
     finish(mutable_data<T>(grad_B));
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {G, P, grad_B, mask & kWantMagnitude ? grad_m : at::empty({0}, options), grad_b};
+  // All but G come at no cost, asked for or not.
+  const auto asked = [&](int64_t bit, const Tensor& t) { return mask & bit ? t : at::empty({0}, grad.options()); };
+  return {asked(kWantG, G), asked(kWantP, P), asked(kWantB, grad_B), asked(kWantMagnitude, grad_m),
+          asked(kWantBias, grad_b)};
 }
 
 AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
@@ -75,7 +76,7 @@ AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor&
                                        const OptionalTensor& bias, double scaling, int64_t mask) {
   check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
   const c10::cuda::CUDAGuard guard(grad.device());
-  if (!fits(grad, y, h, lora_B)) {
+  if (!one_pass_fits(grad, y, h, lora_B)) {
     return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
   }
   const bool half = grad.scalar_type() == at::kHalf, narrow = lora_B.size(1) <= 16;

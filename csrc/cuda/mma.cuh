@@ -2,7 +2,7 @@
 // settled here and nowhere else: kernels call these on every architecture.
 //
 //   copy16_async, copy_commit, copy_wait   global -> shared, in flight while the warp computes. sm_75: a plain load.
-//   load_matrix_x4 / _x2 (ldmatrix)        8x8 tiles of 16-bit numbers, shared memory -> mma fragments
+//   load_matrix_x4 (ldmatrix)              8x8 tiles of 16-bit numbers, shared memory -> mma fragments
 //   mma_m16n8k16<T>                        16x8 += 16x16 * 16x8, T fp16 or bf16, sums in fp32
 //
 // Fragments of mma_m16n8k16, with g = lane / 4 and t = lane % 4; a register holds two numbers, the first in its low
@@ -84,22 +84,6 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* p) 
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-  }
-}
-
-// Two tiles; lanes 0 to 15 pass the addresses, those of the others are ignored.
-template <bool Transposed = false>
-__device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* p) {
-  if constexpr (Transposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(p))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared_address(p))
                  : "memory");
   }

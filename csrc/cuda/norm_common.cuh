@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attributes.cuh"
 #include "dtype.cuh"
 #include "mma.cuh"
 
@@ -160,10 +161,7 @@ template <typename Acc>
 void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
                         const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, int capability,
                         cudaStream_t stream) {
-  static const bool waits = [] {
-    cudaFuncAttributes attributes{};
-    return cudaFuncGetAttributes(&attributes, norm_finish_kernel<Acc>) == cudaSuccess && attributes.ptxVersion >= 90;
-  }();
+  static const bool waits = attributes_of(norm_finish_kernel<Acc>).ptxVersion >= 90;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

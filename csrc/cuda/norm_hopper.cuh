@@ -237,15 +237,9 @@ __global__ void __launch_bounds__(HopperNorm::kThreads, 1)
 #endif
 }
 
-// Is the kernel in this build? has_product_kernel() says how one sees that.
 template <typename T>
 bool has_norm_hopper_kernel() {
-  static const bool has = [] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, norm_hopper_kernel<T>);
-    if (error != cudaSuccess) cudaGetLastError();  // not for the next launch to report
-    return error == cudaSuccess && attributes.numRegs >= 128;
-  }();
+  static const bool has = has_hopper_code(norm_hopper_kernel<T>);
   return has;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../product_choice.h"
+#include "attributes.cuh"
 #include "product_kernel.cuh"
 
 namespace dora_ext {
@@ -54,14 +55,8 @@ struct ProductMatrices {
   ProductMatrix left, right, left_tail, right_tail, result;
 };
 
-// Is the kernel in this build? For everything but sm_90a it is compiled empty, and then it needs few registers.
 inline bool has_product_kernel() {
-  static const bool has = [] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, product_kernel<__half, HopperTile<128>, false>);
-    if (error != cudaSuccess) cudaGetLastError();  // not for the next launch to report
-    return error == cudaSuccess && attributes.numRegs >= 128;
-  }();
+  static const bool has = has_hopper_code(product_kernel<__half, HopperTile<128>, false>);
   return has;
 }
 

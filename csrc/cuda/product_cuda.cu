@@ -14,8 +14,7 @@ namespace {
 const char* misfit(const Tensor& left, const Tensor& right, const OptionalTensor& left_tail,
                    const OptionalTensor& right_tail, bool right_transposed, const char** name) {
   *name = "left";
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9 ||
-      device_attribute(cudaDevAttrComputeCapabilityMinor) != 0 || map_encoder() == nullptr) {
+  if (capability() != 90 || map_encoder() == nullptr) {
     return "it on a Hopper GPU (compute capability 9.0)";
   }
   *name = "this build";
@@ -34,21 +33,13 @@ const char* misfit(const Tensor& left, const Tensor& right, const OptionalTensor
 
 bool hopper_product_fits(const Tensor& left, const Tensor& right, const OptionalTensor& left_tail,
                          const OptionalTensor& right_tail, bool right_transposed) {
-  const auto dtype = left.scalar_type();
   const c10::cuda::CUDAGuard guard(left.device());
   const char* name = nullptr;
-  return (dtype == at::kBFloat16 || dtype == at::kHalf) &&
-         misfit(left, right, left_tail, right_tail, right_transposed, &name) == nullptr;
+  return is_half(left.scalar_type()) && misfit(left, right, left_tail, right_tail, right_transposed, &name) == nullptr;
 }
 
 ProductMatrix product_matrix(const Tensor& t) {
   return {t.const_data_ptr(), t.size(1), t.size(0), t.stride(0)};
-}
-
-// Two numbers are loaded at a time; a view may start anywhere.
-Tensor on_8_bytes(const Tensor& t) {
-  const Tensor c = t.contiguous();
-  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 8 == 0 ? c : c.clone();
 }
 
 Tensor hopper_product(const Tensor& left, const Tensor& right, const OptionalTensor& left_tail,
@@ -61,7 +52,8 @@ Tensor hopper_product(const Tensor& left, const Tensor& right, const OptionalTen
   TORCH_CHECK_VALUE(why == nullptr, "dora_ext::hopper_product: ", name, ": expected ", why);
   const int64_t rows = left.size(0), columns = right.size(right_transposed ? 1 : 0);
   const Tensor result = at::empty({rows, columns}, left.options());
-  const Tensor gain_ = gain ? on_8_bytes(*gain) : Tensor(), bias_ = bias ? on_8_bytes(*bias) : Tensor();
+  // Two numbers of them are loaded at a time.
+  const Tensor gain_ = gain ? aligned(*gain, 8) : Tensor(), bias_ = bias ? aligned(*bias, 8) : Tensor();
   ProductMatrices m{product_matrix(left), product_matrix(right), {}, {}, product_matrix(result)};
   ProductProblem p{};
   p.gain = gain ? data<float>(gain_) : nullptr;

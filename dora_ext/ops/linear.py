@@ -19,22 +19,21 @@ def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transpose
     return y, h, computed, torch.empty_like(computed)
 
 
-@fake("linear_backward")
-def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, mask):
-    like = (x, lora_A, lora_B, magnitude, bias)
+def _asked_for(mask: int, like: tuple) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else x.new_empty(0)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else like[0].new_empty(0)
         for i, t in enumerate(like)
     )
+
+
+@fake("linear_backward")
+def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, mask):
+    return _asked_for(mask, (x, lora_A, lora_B, magnitude, bias))
 
 
 @fake("adapter_backward")
 def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask):
-    like = (grad, h, lora_B, norm, norm)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else grad.new_empty(0)
-        for i, t in enumerate(like)
-    )
+    return _asked_for(mask, (grad, h, lora_B, norm, norm))
 
 
 class _DoraLinear(torch.autograd.Function):
