@@ -56,7 +56,7 @@ def check_sass(cuobjdump: str, library: str) -> list[str]:
             arch = match.group(1)
         elif match := re.match(r"\s*Function : (\S+)", line):
             kernel = match.group(1)
-            counts[arch][kernel] = 0
+            counts[arch][kernel] = wgmma[arch, kernel] = lengths[arch, kernel] = 0  # each file has its own copy
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", line):
             lengths[arch, kernel] += 1
             counts[arch][kernel] += bool(re.search(r"\bHG?MMA\b", line))

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "compose_backward.cuh"
+#include "launches.cuh"
 #include "mma.cuh"
 
 namespace dora_ext {
@@ -56,15 +57,9 @@ __device__ __forceinline__ int swizzled(int token, int pack) {
   return token * 256 + ((pack ^ (token & 7)) << 4);
 }
 
-// Only Hopper has the memory for two blocks on a multiprocessor, and so has to make do with 128 registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kAdapterBackwardBlocks = 1;
-#else
-constexpr int kAdapterBackwardBlocks = 2;
-#endif
-
+// Only Hopper has the memory for two blocks, and so has to make do with 128 registers a thread.
 template <typename T, int KT>
-__global__ void __launch_bounds__(256, kAdapterBackwardBlocks)
+__global__ void __launch_bounds__(256, blocks_on_hopper(2))
     adapter_backward_kernel(AdapterBackwardProblem<T> p, AdapterBackwardPlan plan) {
   if (kBeforeAmpere) return;  // never launched there
   using Tile = AdapterBackwardTile<KT>;

@@ -14,19 +14,10 @@
 
 #include "../decode.h"
 #include "dtype.cuh"
+#include "launches.cuh"
 #include "mma.cuh"
 
 namespace dora_ext {
-
-// How many blocks share the registers of an SM: what was measured to be best on sm_90. Elsewhere the compiler has its
-// way, which spills none.
-constexpr int decode_blocks(int blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 1;
-#else
-  return blocks;
-#endif
-}
 
 template <typename T>
 struct DecodeProblem {
@@ -50,23 +41,6 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
 // Zeros where `p` must not be read.
 __device__ __forceinline__ uint4 load16_if(bool inside, const void* p) {
   return inside ? __ldg(static_cast<const uint4*>(p)) : uint4{};
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Programmatic dependent launch
-
-// Waits until the launch before this one has finished and its results can be read. A no-op in an ordinary launch.
-__device__ __forceinline__ void wait_for_previous_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-// The next launch may start once all blocks of this one have come here.
-__device__ __forceinline__ void allow_next_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -228,29 +202,6 @@ void launch_decode_adapter(const DecodeProblem<T>& p, cudaStream_t stream) {
   decode_adapter_kernel<T, A><<<static_cast<unsigned>(p.rank), kDecodeAdapterThreads, 0, stream>>>(p);
 }
 
-// `kernel` over all rows of W, beside the launch before it where it was compiled to wait for that by itself.
-template <typename... Args>
-void launch_beside(void (*kernel)(Args...), int64_t out, unsigned threads, size_t shared, cudaStream_t stream,
-                   Args... args) {
-  // What the architecture of the device says is not enough: it may run code that was compiled for an older one.
-  cudaFuncAttributes facts{};
-  if (cudaFuncGetAttributes(&facts, kernel) != cudaSuccess) return;  // the face's launch check reports it
-  if (shared + facts.sharedSizeBytes > 48 << 10) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  cudaLaunchAttribute beside{};
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>((out + kDecodeRows - 1) / kDecodeRows);
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &beside;
-  config.numAttrs = facts.ptxVersion >= 90 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 // h, and then y by `kernel`, which takes the problem and its weight.
 template <typename T, typename Weight>
 void launch_decode_as(void (*kernel)(DecodeProblem<T>, Weight), const DecodeProblem<T>& p, const Weight& weight,
@@ -260,7 +211,12 @@ void launch_decode_as(void (*kernel)(DecodeProblem<T>, Weight), const DecodeProb
   } else {
     launch_decode_adapter<T, T>(p, stream);
   }
-  launch_beside(kernel, p.out, threads, shared, stream, p, weight);
+  const cudaFuncAttributes facts = attributes_of(kernel);
+  if (shared + facts.sharedSizeBytes > 48 << 10) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  }
+  launch_beside(kernel, facts, static_cast<unsigned>((p.out + kDecodeRows - 1) / kDecodeRows), threads, shared, stream,
+                p, weight);
 }
 
 }  // namespace dora_ext

@@ -50,7 +50,7 @@ struct DenseDecodeStep {
 
 // weight: (out, in), 16-byte aligned; in is a multiple of 8.
 template <typename T, int kWarps, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
+__global__ void __launch_bounds__(32 * kWarps, blocks_on_hopper(kBlocks))
     decode_dense_kernel(DecodeProblem<T> p, const T* weight) {
   constexpr int kStride = kWarps * 64;
   __shared__ DecodeSums<kWarps> of_warp;

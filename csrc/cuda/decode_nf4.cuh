@@ -58,7 +58,7 @@ struct DecodeScales {
 
 // kWarps divide the columns of 16 rows among them, each keeps kDepth steps in flight.
 template <typename T, int kWarps, int kDepth, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, decode_blocks(kBlocks))
+__global__ void __launch_bounds__(32 * kWarps, blocks_on_hopper(kBlocks))
     decode_nf4_kernel(DecodeProblem<T> p, PackedDecodeWeight weight) {
   constexpr int kThreads = 32 * kWarps, kColumns = 128, kStride = kWarps * kColumns;
   static_assert(kThreads % 256 == 0, "a thread fills one entry of the table, or a part of it");

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "attributes.cuh"
 #include "dtype.cuh"
+#include "launches.cuh"
 #include "mma.cuh"
 
 namespace dora_ext {
@@ -129,18 +129,12 @@ inline Splits split_walk(int64_t owned_tiles, int64_t walked_tiles, int64_t slot
 // ---------------------------------------------------------------------------------------------------------------------
 // Finish
 
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // norm (out,), gain (out,); cached (out,) is read when the fingerprint says that it holds, else written.
 template <typename Acc>
 __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
                                    const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  wait_for_kernel_before();
+  wait_for_previous_launch();
   if (i >= out) return;
   Acc n;
   if (is_stale(fingerprint)) {
@@ -155,24 +149,13 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
   gain[i] = n > 0 ? magnitude.at<Acc>(i) / n : Acc(0);
 }
 
-// Devices of capability 9 set it up while the kernel before it still runs: it waits for that one's end by itself, if it
-// was compiled for them.
 template <typename Acc>
 void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
-                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, int capability,
-                        cudaStream_t stream) {
-  static const bool waits = attributes_of(norm_finish_kernel<Acc>).ptxVersion >= 90;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(128);
-  config.gridDim = dim3(static_cast<unsigned>((out + config.blockDim.x - 1) / config.blockDim.x));
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = capability >= 90 && waits ? 1 : 0;
-  cudaLaunchKernelEx(&config, norm_finish_kernel<Acc>, partials, splits, out, magnitude, fingerprint, cached, norm,
-                     gain);
+                        const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, cudaStream_t stream) {
+  static const cudaFuncAttributes facts = attributes_of(norm_finish_kernel<Acc>);
+  constexpr int kThreads = 128;
+  launch_beside(norm_finish_kernel<Acc>, facts, static_cast<unsigned>((out + kThreads - 1) / kThreads), kThreads, 0,
+                stream, partials, splits, out, magnitude, fingerprint, cached, norm, gain);
 }
 
 }  // namespace dora_ext

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
     if (marks != nullptr) launch_fingerprint(problem, transposed, scaling, marks, device.multiprocessors, stream);
     launch_norm(plan, problem, stream);
     launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
-                            mutable_data<Acc>(norm), mutable_data<Acc>(gain), device.capability, stream);
+                            mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {norm, gain};

@@ -20,8 +20,10 @@
 // down to 1024 x 1024, by a fifth or more there. Making one warpgroup run ahead changed nothing.
 #pragma once
 
+#include "launches.cuh"
 #include "norm_high_rank.cuh"
-#include "product.cuh"
+#include "product_async.cuh"
+#include "tensor_map.cuh"
 
 namespace dora_ext {
 

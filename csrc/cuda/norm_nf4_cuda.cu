@@ -24,11 +24,10 @@ struct Nf4Call {
   int64_t* fingerprint;
   float* cached;
 
-  void finish(const float* partials, int splits, int64_t row, int64_t rows, const NormDevice& device,
-              cudaStream_t stream) const {
+  void finish(const float* partials, int splits, int64_t row, int64_t rows, cudaStream_t stream) const {
     launch_norm_finish<float>(partials, splits, rows, feature_vector(magnitude.narrow(0, row, rows)), fingerprint,
                               cached == nullptr ? nullptr : cached + row, mutable_data<float>(norm) + row,
-                              mutable_data<float>(gain) + row, device.capability, stream);
+                              mutable_data<float>(gain) + row, stream);
   }
 };
 
@@ -60,7 +59,7 @@ void run_dense(const Nf4Call& call, NormProblem<T> problem, const NormDevice& de
     partials = at::empty({plan.splits.count, rows}, options.dtype(at::kFloat));
     piece.partials = mutable_data<float>(partials);
     launch_norm(plan, piece, stream);
-    call.finish(piece.partials, plan.splits.count, row, rows, device, stream);
+    call.finish(piece.partials, plan.splits.count, row, rows, stream);
   }
 }
 
@@ -72,7 +71,7 @@ bool run_packed(const Nf4Call& call, NormProblem<T> problem, const NormDevice& d
   const Tensor partials = at::empty({plan.strips, problem.out}, call.norm.options());
   problem.partials = mutable_data<float>(partials);
   plan.launch(problem, Nf4Matrix{call.operands.bytes(), call.operands.scales, shift_of(call.blocksize)}, stream);
-  call.finish(problem.partials, static_cast<int>(plan.strips), 0, problem.out, device, stream);
+  call.finish(problem.partials, static_cast<int>(plan.strips), 0, problem.out, stream);
   return true;
 }
 

@@ -1,58 +1,22 @@
 // result = gain * ([left | left_tail] [right | right_tail]^T) + bias, fp16 or bf16, on the tensor cores of Hopper: sums
-// in fp32, rounded once. The kernel: product_kernel.cuh. Here: how tensors are described to it. How
-// tiles are chosen: product_choice.h.
+// in fp32, rounded once. Here: its launch. The kernel: product_kernel.cuh; how tiles are chosen: product_choice.h.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "../product_choice.h"
-#include "attributes.cuh"
+#include "launches.cuh"
 #include "product_kernel.cuh"
+#include "tensor_map.cuh"
 
 namespace dora_ext {
-
-// A matrix of 16-bit numbers: x along the contiguous dimension. On 16 bytes, as are its lines.
-struct ProductMatrix {
-  const void* data;
-  int64_t x, y, line;  // line: numbers from one y to the next, a multiple of 8
-};
-
-// The driver's function, found without linking the driver. Null if it has none.
-inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
-  static const auto encoder = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
-#endif
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  return encoder;
-}
-
-// A map for boxes of 64 x `height`, swizzled by 128 bytes.
-template <typename T>
-bool encode_map(CUtensorMap* map, const ProductMatrix& m, int height) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.x), static_cast<cuuint64_t>(m.y)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.line) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(height)}, steps[2] = {1, 1};
-  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto encode = map_encoder();
-  return encode != nullptr &&
-         encode(map, kType, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 // The matrices as they lie: left and left_tail x = k; right and right_tail x = k, or columns if `right_transposed`.
 // Tails are looked at where p.tail > 0.
 struct ProductMatrices {
-  ProductMatrix left, right, left_tail, right_tail, result;
+  HalfMatrix left, right, left_tail, right_tail, result;
 };
 
 inline bool has_product_kernel() {

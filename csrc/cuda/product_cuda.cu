@@ -38,7 +38,7 @@ bool hopper_product_fits(const Tensor& left, const Tensor& right, const Optional
   return is_half(left.scalar_type()) && misfit(left, right, left_tail, right_tail, right_transposed, &name) == nullptr;
 }
 
-ProductMatrix product_matrix(const Tensor& t) {
+HalfMatrix product_matrix(const Tensor& t) {
   return {t.const_data_ptr(), t.size(1), t.size(0), t.stride(0)};
 }
 
