@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -43,6 +44,15 @@ Tensor hopper_product(const Tensor& left, const Tensor& right, const Tensor& lef
   return op.call(left, right, left_tail, right_tail, gain, bias, right_transposed);
 }
 
+// y = gain * (y + scaling * h B^T) + bias
+void compose_op_(Tensor& y, const Tensor& h, const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
+                 double scaling) {
+  static auto op =
+      find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool)>(
+          "dora_ext::compose_");
+  op.call(y, h, lora_B, gain, bias, scaling, /*delta=*/false, /*channels_first=*/false);
+}
+
 // s * t in `dtype`, rounded once, in one launch.
 Tensor scaled_to(const Tensor& t, double scaling, at::ScalarType dtype) {
   if (scaling == 1) return t.to(dtype);
@@ -71,9 +81,6 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
     const OptionalTensor b = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
     return hopper_product(x, weight, h, aligned(transposed ? B.t() : B, 16), gain.to(at::kFloat), b, transposed);
   }
-  static auto compose_ =
-      find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, bool, bool)>(
-          "dora_ext::compose_");
   Tensor y;
   OptionalTensor rest = bias;
   if (bias && x.is_cpu()) {
@@ -84,7 +91,7 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
   } else {
     y = at::mm(x, transposed ? weight : weight.t());
   }
-  compose_.call(y, h, lora_B, gain, rest, scaling, /*delta=*/false, /*channels_first=*/false);
+  compose_op_(y, h, lora_B, gain, rest, scaling);
   return y;
 }
 
@@ -93,9 +100,12 @@ Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, 
   if (hopper_takes(G, weight, P, !transposed)) {
     return hopper_product(G, weight, P, aligned(transposed ? A.t() : A, 16), std::nullopt, std::nullopt, !transposed);
   }
-  const Tensor W = transposed ? weight.t() : weight;
-  // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more.
-  return G.is_cpu() ? at::mm(P, A).addmm_(G, W) : at::mm(G, W).addmm_(P, A);
+  Tensor grad_x = at::mm(G, transposed ? weight.t() : weight);
+  if (!G.is_cpu()) return grad_x.addmm_(P, A);
+  // Our own pass adds up in fp32 whatever the dtype, and packs no copies of what is used once.
+  compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
+              std::nullopt, 1);
+  return grad_x;
 }
 
 TORCH_LIBRARY_IMPL(dora_ext, CatchAll, m) {

@@ -30,9 +30,17 @@ inline at::Tensor product_for(const at::Tensor& parameter, const at::Tensor& lef
   return at::mm(left, right).to(dtype);
 }
 
+// dA = P^T x
+inline at::Tensor grad_of_A(const at::Tensor& lora_A, const at::Tensor& P, const at::Tensor& x) {
+  if (has_cpu_loops(x)) return cpu::multiply_transposed_narrow(P, x).to(lora_A.scalar_type());
+  return product_for(lora_A, P.t(), x);
+}
+
 // dB = s G^T h
 inline at::Tensor grad_of_B(const at::Tensor& lora_B, const at::Tensor& G, const at::Tensor& h, double scaling) {
-  if (has_cpu_loops(G)) return cpu::multiply_transposed_narrow(G, h, scaling).to(lora_B.scalar_type());
+  if (has_cpu_loops(G)) {
+    return cpu::transposed(cpu::multiply_transposed_narrow(h, G), scaling).to(lora_B.scalar_type());
+  }
   at::Tensor grad_B = product_for(lora_B, G.t(), h);
   if (scaling != 1) grad_B.mul_(scaling);
   return grad_B;

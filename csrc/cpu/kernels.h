@@ -51,6 +51,10 @@ struct Kernels {
   // `vectors`. Float and double only.
   void (*multiply_narrow)(T* out, const T* x, int64_t ld, int64_t rows, int64_t columns, const A* panels, int64_t r,
                           int64_t vectors);
+  // out (r, width) += N^T X; N (rows, r), X (rows, width) packed in one panel, out with row stride out_ld. Float and
+  // double only.
+  void (*add_transposed_narrow)(T* out, int64_t out_ld, const A* narrow, int64_t r, const A* panel, int64_t rows,
+                                int64_t width);
   // y = base * mul[j] + add[j] + C M;  y, base (rows, columns) contiguous, may be the same.
   void (*compose_by_column)(T* y, const T* base, int64_t rows, int64_t columns, LowRank<A> low, const A* mul,
                             const A* add);

@@ -263,8 +263,17 @@ void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t 
 
 template <typename T>
 Kernels<T> table() {
-  return {kPanel<T>,          kLanes<T>,         pack<T>,          square_rows<T>,        square_columns<T>,
-          multiply_narrow<T>, compose<T, false>, compose<T, true>, backward_by_column<T>, backward_by_row<T>};
+  return {kPanel<T>,
+          kLanes<T>,
+          pack<T>,
+          square_rows<T>,
+          square_columns<T>,
+          multiply_narrow<T>,
+          add_transposed_narrow<T>,
+          compose<T, false>,
+          compose<T, true>,
+          backward_by_column<T>,
+          backward_by_row<T>};
 }
 
 }  // namespace INSTRUCTION_SET

@@ -8,7 +8,10 @@ namespace dora_ext::cpu {
 // scaling * wide (rows, columns) narrow (columns, r)
 at::Tensor multiply_narrow(const at::Tensor& wide, const at::Tensor& narrow, double scaling);
 
-// scaling * wide^T narrow, (columns, r), of wide (rows, columns) and narrow (rows, r)
-at::Tensor multiply_transposed_narrow(const at::Tensor& wide, const at::Tensor& narrow, double scaling);
+// narrow^T wide, (r, columns), of narrow (rows, r) and wide (rows, columns)
+at::Tensor multiply_transposed_narrow(const at::Tensor& narrow, const at::Tensor& wide);
+
+// scaling * t^T, (columns, r), of t (r, columns), contiguous: several times as fast as aten::copy_
+at::Tensor transposed(const at::Tensor& t, double scaling);
 
 }  // namespace dora_ext::cpu
