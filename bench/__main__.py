@@ -1,6 +1,7 @@
-"""python -m bench [linear] [error] [nf4] [kernels] [decode]: writes bench/results/<device>.json.
+"""python -m bench [op ...]: writes bench/results/<device>.json.
 
-A rival that fails is written down with its error and the rest goes on. Tables come last: the end of a log has them.
+A rival that fails is written down with its error
+and the rest goes on. Tables come last: the end of a log has them.
 """
 
 import argparse
@@ -14,15 +15,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_decode, bench_error, bench_kernels, bench_linear, bench_nf4, measure
+from . import measure
+from .benches import BENCHES
 
-BENCHES = {
-    "linear": bench_linear,
-    "error": bench_error,
-    "nf4": bench_nf4,
-    "kernels": bench_kernels,
-    "decode": bench_decode,
-}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dora_ext.ops import NF4Tensor, quantize_nf4
 
-from .bench_linear import _error
-from .measure import device_ms
+from .measure import device_ms, failure
 
 KEY = "kernels"
 TITLE = "Kernels alone"
@@ -40,8 +39,8 @@ def run(device: str, quick: bool, note) -> list[dict]:
                 try:
                     us, moved = _measure(name, shape, r, 8 if quick else 30)
                     rivals[name] = {"us": us, "copy_us": 1e3 * moved / bytes_per_ms}
-                except Exception as error:  # one rival's failure is a result of its own
-                    rivals[name] = _error(error)
+                except Exception as error:
+                    rivals[name] = failure(error)
             rows.append({"out": shape[0], "in": shape[1], "r": r, "rivals": rivals})
     return rows
 

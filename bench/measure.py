@@ -103,3 +103,8 @@ def ceilings(repeats: int = 20) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = device_ms(lambda: target.copy_(source), repeats)
     return {"gemm_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * source.nbytes / copy / 1e9}
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """One rival's failure is a result of its own."""
+    return {"error": f"{type(error).__name__}: {error}"[:500]}
