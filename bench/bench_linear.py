@@ -12,8 +12,10 @@ HEADING = LinearShape.heading
 SHAPES = {
     "cuda": [
         LinearShape(4096, 4096, 4096, 16),
+        LinearShape(4096, 4096, 4096, 64),
         LinearShape(4096, 4096, 4096, 384),
         LinearShape(4096, 4096, 14336, 16),
+        LinearShape(4096, 4096, 14336, 64),
         LinearShape(4096, 4096, 14336, 384),
         LinearShape(4096, 14336, 4096, 16),
         LinearShape(4096, 4096, 1024, 16),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-from bench import bench_decode, bench_error, bench_forward, bench_nf4, inference, rivals, training_step
+from bench import bench_decode, bench_error, bench_forward, bench_kernels, bench_nf4, inference, rivals, training_step
 from bench.shapes import ConvShape, EmbeddingShape, LinearShape
 from dora_ext import reference
 
@@ -95,6 +95,13 @@ def test_inference_of_many_tokens_is_that_of_the_trained_layers():
         training = rivals.build("peft_dora" if name == rivals.OURS else name, problem)
         for call in inference.build(name, problem):
             torch.testing.assert_close(call(), training.forward(training.x))
+
+
+def test_pefts_column_norm_is_ours():
+    weight, lora_A, lora_B = torch.randn(12, 6), torch.randn(2, 12), torch.randn(6, 2)
+    theirs = bench_kernels.peft_embedding_norm(weight, lora_A, lora_B)()
+    norm, _ = torch.ops.dora_ext.norm(weight, lora_A, lora_B, torch.ones(6), 2.0, True)
+    torch.testing.assert_close(theirs, norm)
 
 
 @pytest.mark.cuda
