@@ -1,6 +1,7 @@
 """python -m bench [op ...]: writes bench/results/<device>.json.
 
-A rival that fails is written down with its error
+On CUDA every row of times says its floor: the time for the operations and bytes that no implementation does without
+(`work` in each bench_<op>.py) at the rates measured in the same run. A rival that fails is written down with its error
 and the rest goes on. Tables come last: the end of a log has them.
 """
 
@@ -67,6 +68,13 @@ def facts(device: str, commit: str | None) -> dict:
     return found
 
 
+def add_floors(bench, results: dict) -> None:
+    """Errors have no floor, kernels have theirs in each cell already; a CPU's rates are not measured."""
+    if "ceilings" in results and hasattr(bench, "work"):
+        for row in results[bench.KEY]:
+            row["floor_ms"] = measure.floor_ms(*bench.work(row), results["ceilings"])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which of {', '.join(BENCHES)} (default: all)")
@@ -96,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, bench in chosen.items():
         note(name)
         results[bench.KEY] = bench.run(args.device, args.quick, note)
+        add_floors(bench, results)
         if out:
             # After each op: a run that is cut short keeps what it has.
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,14 @@ def run(device: str, quick: bool, note) -> list[dict]:
     return rows.measured(KEY, SHAPES[device][: 2 if quick else None], NAMES, quick, note, ON[device])
 
 
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes of the frozen layer in bf16, as in bench_linear: forward and dX, each the product that a
+    direct convolution is (Winograd's multiplies less often); x, W and dY read once, y and dX written."""
+    s = ConvShape.of(row)
+    weights = s.in_channels * s.out_channels * s.kernel ** len(s.size)
+    return 2 * 2 * s.positions * weights, 2 * (2 * s.positions * (s.in_channels + s.out_channels) + weights)
+
+
 def label(row: dict) -> str:
     return str(ConvShape.of(row))
 

@@ -50,6 +50,11 @@ def run(device: str, quick: bool, note) -> list[dict]:
     return results
 
 
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes, as bench/inference.py counts them, over weights in bf16 or NF4."""
+    return inference.work(LinearShape.of(row), BYTES[row["weights"]])
+
+
 def label(row: dict) -> str:
     return f"{LinearShape.of(row)}, {row['weights']}"
 

@@ -29,6 +29,11 @@ def run(device: str, quick: bool, note) -> list[dict]:
     return rows.measured(KEY, shapes, NAMES, quick, note, measure, COMPILED_SHAPES)
 
 
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes, as bench/inference.py counts them, in bf16."""
+    return inference.work(LinearShape.of(row), bytes_per_weight=2)
+
+
 def label(row: dict) -> str:
     return str(LinearShape.of(row))
 

@@ -38,6 +38,15 @@ def run(device: str, quick: bool, note) -> list[dict]:
     return rows.measured(KEY, shapes, NAMES, quick, note, ON[device], COMPILED_SHAPES)
 
 
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes of the frozen layer in bf16, which any adapted one has too: the two products, y = x Wᵀ and
+    dX = dY W; x, W and dY read once, y and dX written. The adapter's own products are left out, since how many there
+    are is up to an implementation: the larger the rank, the further off the floor is."""
+    s = LinearShape.of(row)
+    operations = 2 * 2 * s.tokens * s.in_features * s.out_features
+    return operations, 2 * (2 * s.tokens * (s.in_features + s.out_features) + s.in_features * s.out_features)
+
+
 def label(row: dict) -> str:
     return str(LinearShape.of(row))
 

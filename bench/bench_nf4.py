@@ -4,7 +4,7 @@ layer and over NF4 storage of our own. Steps and clocks are those of bench/train
 from functools import partial
 
 from . import bench_linear, rows
-from .rivals import OURS, Problem, Rival, linear4bit, our_layer, peft_layer
+from .rivals import BYTES_PER_NF4_WEIGHT, OURS, Problem, Rival, linear4bit, our_layer, peft_layer
 from .shapes import LinearShape
 from .training_step import ON
 
@@ -35,6 +35,12 @@ def build(name: str, problem: Problem) -> Rival:
     else:
         layer = peft_layer(problem, use_dora=name == "peft_qdora", base=linear4bit(problem))
     return Rival(layer, layer, problem)
+
+
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes as in bench_linear, W packed."""
+    operations, moved = bench_linear.work(row)
+    return operations, moved - (2 - BYTES_PER_NF4_WEIGHT) * row["in_features"] * row["out_features"]
 
 
 def label(row: dict) -> str:

@@ -1,5 +1,6 @@
 """The benches, by the names that `python -m bench` has for them. Each is a module with KEY (of its results), TITLE,
-NAMES (of its rivals), run and table. Where it takes times: label, of a row, and HEADING, what labels list."""
+NAMES (of its rivals), run and table. Where it takes times: label, of a row, and HEADING, what labels list. Where rows
+have a floor: work, the least operations and bytes."""
 
 from . import (
     bench_conv,

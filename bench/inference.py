@@ -94,3 +94,11 @@ def on_cpu(shape: LinearShape, names: list[str], quick: bool, packed: bool = Fal
     for name, ms in interleaved_cpu_ms(calls, rounds=5 if quick else 41).items():
         results[name]["wall_ms"] = ms
     return results
+
+
+def work(shape: LinearShape, bytes_per_weight: float) -> tuple[float, float]:
+    """Operations and bytes: the base layer's product; x, W, A and B read once, y written."""
+    s = shape
+    features = s.in_features + s.out_features
+    moved = 2 * (s.tokens + s.r) * features + bytes_per_weight * s.in_features * s.out_features
+    return 2 * s.tokens * s.in_features * s.out_features, moved

@@ -31,11 +31,15 @@ def measured(
 def table(
     rows: list[dict], captions: dict[str, str], heading: str, label: Callable[[dict], str], unit: str = "ms"
 ) -> list[str]:
-    """Markdown: a column for each rival, a cell for what it took."""
+    """Markdown: a column for each rival, a cell for what it took; a floor where one was measured, and our device time
+    over it."""
     names = [n for n in captions if any(n in row["rivals"] for row in rows)]
     units = {"device_ms": unit, "wall_ms": unit, "peak_mib": "MiB"}
     measures = [m for m in units if any(m in r for row in rows for r in row["rivals"].values())]
     columns = [f"**{captions[n]}**" if n.startswith(OURS) else captions[n] for n in names]
+    floors = any("floor_ms" in row for row in rows)
+    if floors:
+        columns.append(f"floor {unit}, dora_ext over it")
     lines = [
         f"Each cell: {' / '.join(f'{CAPTIONS[m]} {units[m]}' for m in measures)}.",
         "",
@@ -44,6 +48,8 @@ def table(
     ]
     for row in rows:
         cells = [_cell(row["rivals"].get(n), measures, unit) for n in names]
+        if floors:
+            cells.append(_floor(row, unit))
         lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -59,3 +65,10 @@ def _cell(result: dict | None, measures: list[str], unit: str) -> str:
 
 def _number(value: float, measure: str, unit: str) -> str:
     return f"{value:.0f}" if measure == "peak_mib" else TIMES[unit][measure].format(value * PER_MS[unit])
+
+
+def _floor(row: dict, unit: str) -> str:
+    if "floor_ms" not in row:
+        return ""
+    floor, ours = row["floor_ms"], row["rivals"].get(OURS, {}).get("device_ms")
+    return _number(floor, "device_ms", unit) + ("" if ours is None else f", {ours / floor:.2f}")

@@ -83,11 +83,11 @@ def test_one_op_can_be_chosen(small, tmp_path):
 def test_what_was_measured_before_a_failure_is_told():
     timed = {"wall_ms": 2.0, "peak_mib": 3.0}
     ours = timed | {"device_ms": 1.5}
-    row = {"rivals": {"linear": timed | {"error": "cannot be captured"}, rivals.OURS: ours}}
+    row = {"rivals": {"linear": timed | {"error": "cannot be captured"}, rivals.OURS: ours}, "floor_ms": 0.5}
     *_, line = rows.table([row], bench_linear.NAMES, "shape", lambda _: "8")
-    assert line == "| 8 | failed / 2.00 / 3 | 1.500 / 2.00 / 3 |"
+    assert line == "| 8 | failed / 2.00 / 3 | 1.500 / 2.00 / 3 | 0.500, 3.00 |"
     *_, line = rows.table([row], bench_linear.NAMES, "shape", lambda _: "8", unit="µs")
-    assert line.endswith("| 1500.0 / 2000 / 3 |")
+    assert line.endswith("| 1500.0 / 2000 / 3 | 500.0, 3.00 |")
 
 
 def test_unmeasured_sections_say_so(tmp_path):
