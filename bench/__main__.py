@@ -1,4 +1,4 @@
-"""python -m bench [op ...]: writes bench/results/<device>.json.
+"""python -m bench [op ...]: writes bench/results/<device>.json, and with --plot draws it beside that.
 
 On CUDA every row of times says its floor: the time for the operations and bytes that no implementation does without
 (`work` in each bench_<op>.py) at the rates measured in the same run. A rival that fails is written down with its error
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import measure
+from . import measure, plot
 from .benches import BENCHES
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats; written only with --out")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/<device>.json)")
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
+    parser.add_argument("--plot", action="store_true", help="draw times over floors as a PNG beside the JSON")
     args = parser.parse_args(argv)
     unknown = set(args.ops) - set(BENCHES)
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: choose from {', '.join(BENCHES)}")
     chosen = {name: BENCHES[name] for name in (args.ops or BENCHES)}
     out = args.out or (None if args.quick else RESULTS / f"{stem(args.device)}.json")
+    if args.plot and (plot.MISSING or out is None):
+        parser.error(f"--plot: {plot.MISSING or 'a quick run is written only with --out'}")
 
     start = time.perf_counter()
 
@@ -109,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             # After each op: a run that is cut short keeps what it has.
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot.draw(results, out.with_suffix(".png"))
     print(json.dumps(results["facts"] | results.get("ceilings", {})))
     for bench in chosen.values():
         print(f"\n{bench.TITLE}\n")

@@ -60,7 +60,7 @@ def test_a_rivals_failure_is_a_result(small, monkeypatch, tmp_path, capsys):
     for module in (rivals, bench_error):
         monkeypatch.setattr(module, "build", fail_for_one)
     out = tmp_path / "new" / "r.json"
-    assert program.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
+    assert program.main(["--device", "cpu", "--quick", "--out", str(out), "--plot"]) == 0
     results = json.loads(out.read_text())
     for key, bare in (("linear_step", "linear"), ("conv_step", "conv"), ("embedding_step", "embedding")):
         timed = results[key][0]["rivals"]
@@ -70,6 +70,7 @@ def test_a_rivals_failure_is_a_result(small, monkeypatch, tmp_path, capsys):
         assert "| failed |" in tables.section(key, "r", tmp_path / "new")
     assert all(r["wall_ms"] > 0 for key in ("forward", "decode") for r in results[key][0]["rivals"].values())
     assert "peft_dora failed: RuntimeError: out of luck" in capsys.readouterr().out
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_one_op_can_be_chosen(small, tmp_path):

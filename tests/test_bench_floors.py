@@ -1,4 +1,4 @@
-"""Floors: counted by hand for a shape of each bench."""
+"""Floors: counted by hand for a shape of each bench, and what a plot divides by."""
 
 import pytest
 
@@ -9,10 +9,13 @@ from bench import (
     bench_decode,
     bench_embedding,
     bench_forward,
+    bench_kernels,
     bench_linear,
     bench_nf4,
+    plot,
 )
 from bench.measure import floor_ms
+from bench.rivals import OURS
 from bench.shapes import ConvShape, EmbeddingShape, LinearShape
 
 LINEAR = vars(LinearShape(1000, 2000, 500, 16))
@@ -51,3 +54,25 @@ def test_rows_without_measured_rates_have_no_floor():
     results = {bench_linear.KEY: [dict(LINEAR)]}
     program.add_floors(bench_linear, results)
     assert results == {bench_linear.KEY: [LINEAR]}
+
+
+def test_plots_divide_by_the_floor_or_else_by_the_frozen_layer():
+    rivals = {"linear": {"device_ms": 2.0, "wall_ms": 9.0}, "peft_dora": {"error": "", "wall_ms": 9.0}}
+    row = {"rivals": rivals | {OURS: {"device_ms": 3.0, "wall_ms": 9.0}}}
+    assert plot.ratios(row | {"floor_ms": 1.5}, bench_linear.NAMES) == ("the floor", {"linear": 4 / 3, OURS: 2})
+    assert plot.ratios(row, bench_linear.NAMES) == ("frozen linear", {"linear": 1, OURS: 1.5})
+    on_cpu = {"rivals": {"linear": {"wall_ms": 2.0}, OURS: {"wall_ms": 5.0}}}
+    assert plot.ratios(on_cpu, bench_linear.NAMES) == ("frozen linear", {"linear": 1, OURS: 2.5})
+    kernel = {"rivals": {"norm": {"us": 6.0, "copy_us": 4.0}}}
+    assert plot.ratios(kernel, bench_kernels.NAMES) == ("the floor", {"norm": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("matplotlib is missing", "matplotlib is missing"), (None, "only with --out")]
+)
+def test_what_cannot_be_drawn_is_not_measured_first(monkeypatch, capsys, missing, reason):
+    monkeypatch.setattr(plot, "MISSING", missing)
+    monkeypatch.setattr(program, "facts", None)  # would fail if it got so far
+    with pytest.raises(SystemExit):
+        program.main(["linear", "--device", "cpu", "--quick", "--plot"])
+    assert reason in capsys.readouterr().err
