@@ -1,6 +1,8 @@
-"""python -m bench [linear] [error] [nf4] [kernels] [decode]: writes bench/results/<device>.json.
+"""python -m bench [op ...]: writes bench/results/<device>.json, and with --plot draws it beside that.
 
-A rival that fails is written down with its error and the rest goes on. Tables come last: the end of a log has them.
+On CUDA every row of times says its floor: the time for the operations and bytes that no implementation does without
+(`work` in each bench_<op>.py) at the rates measured in the same run. A rival that fails is written down with its error
+and the rest goes on. Tables come last: the end of a log has them.
 """
 
 import argparse
@@ -14,15 +16,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_decode, bench_error, bench_kernels, bench_linear, bench_nf4, measure
+from . import measure, plot
+from .benches import BENCHES
 
-BENCHES = {
-    "linear": bench_linear,
-    "error": bench_error,
-    "nf4": bench_nf4,
-    "kernels": bench_kernels,
-    "decode": bench_decode,
-}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -72,6 +68,13 @@ def facts(device: str, commit: str | None) -> dict:
     return found
 
 
+def add_floors(bench, results: dict) -> None:
+    """Errors have no floor, kernels have theirs in each cell already; a CPU's rates are not measured."""
+    if "ceilings" in results and hasattr(bench, "work"):
+        for row in results[bench.KEY]:
+            row["floor_ms"] = measure.floor_ms(*bench.work(row), results["ceilings"])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which of {', '.join(BENCHES)} (default: all)")
@@ -79,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats; written only with --out")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/<device>.json)")
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
+    parser.add_argument("--plot", action="store_true", help="draw times over floors as a PNG beside the JSON")
     args = parser.parse_args(argv)
     unknown = set(args.ops) - set(BENCHES)
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}: choose from {', '.join(BENCHES)}")
     chosen = {name: BENCHES[name] for name in (args.ops or BENCHES)}
     out = args.out or (None if args.quick else RESULTS / f"{stem(args.device)}.json")
+    if args.plot and (plot.MISSING or out is None):
+        parser.error(f"--plot: {plot.MISSING or 'a quick run is written only with --out'}")
 
     start = time.perf_counter()
 
@@ -101,10 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, bench in chosen.items():
         note(name)
         results[bench.KEY] = bench.run(args.device, args.quick, note)
+        add_floors(bench, results)
         if out:
             # After each op: a run that is cut short keeps what it has.
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot.draw(results, out.with_suffix(".png"))
     print(json.dumps(results["facts"] | results.get("ceilings", {})))
     for bench in chosen.values():
         print(f"\n{bench.TITLE}\n")

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .__main__ import facts
+from .measure import failure
 from .rivals import OURS
 
 METHODS = {
@@ -170,8 +171,8 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, group) 
 def attempt(method: str, args: argparse.Namespace, device: torch.device, group) -> dict:
     try:
         return measure(method, args, device, group)
-    except Exception as error:  # one rival's failure is a result of its own
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    except Exception as error:
+        return failure(error)
     finally:
         gc.collect()
         if device.type == "cuda":

@@ -4,16 +4,19 @@ import torch
 
 from dora_ext import reference
 
-from .rivals import NAMES, OURS, Problem, Shape, build
+from .measure import failure
+from .rivals import ADAPTED, OURS, Problem, build
+from .shapes import LinearShape
 
 KEY = "errors"
 TITLE = "Error against float64"
-SHAPE = Shape(512, 4096, 4096, 64)
+SHAPE = LinearShape(512, 4096, 4096, 64)
+NAMES = {name: ADAPTED[name] for name in ("peft_dora", OURS)}
 OUTPUTS = ("y", "dX", "dA", "dB", "dm")
 
 
 def run(device: str, quick: bool, note) -> list[dict]:
-    shape = Shape(128, 512, 512, 16) if quick else SHAPE
+    shape = LinearShape(128, 512, 512, 16) if quick else SHAPE
     rows = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if device == "cpu" and dtype == torch.float16:
@@ -22,11 +25,11 @@ def run(device: str, quick: bool, note) -> list[dict]:
         note(f"{KEY}: {shape}, {name}")
         problem = Problem.random(shape, device, dtype, bias=False)
         results = {}
-        for rival_name in ("peft_dora", OURS):
+        for rival_name in NAMES:
             try:
                 results[rival_name] = errors_of(rival_name, problem)
-            except Exception as error:  # one rival's failure is a result of its own
-                results[rival_name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            except Exception as error:
+                results[rival_name] = failure(error)
         rows.append(vars(shape) | {"dtype": name, "rivals": results})
     return rows
 
@@ -51,9 +54,9 @@ def errors_of(name: str, problem: Problem) -> dict[str, float]:
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown: a row for each dtype and rival."""
-    lines = ["| tokens, in → out, r | dtype | | " + " | ".join(OUTPUTS) + " |", "|---" * (len(OUTPUTS) + 3) + "|"]
+    lines = [f"| {LinearShape.heading} | dtype | | " + " | ".join(OUTPUTS) + " |", "|---" * (len(OUTPUTS) + 3) + "|"]
     for row in rows:
-        shape = Shape(row["tokens"], row["in_features"], row["out_features"], row["r"])
+        shape = LinearShape.of(row)
         for name, result in row["rivals"].items():
             cells = ["failed"] * len(OUTPUTS) if "error" in result else [f"{result[o]:.2e}" for o in OUTPUTS]
             lines.append(f"| {shape} | {row['dtype']} | {NAMES[name]} | " + " | ".join(cells) + " |")

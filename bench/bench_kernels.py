@@ -1,5 +1,6 @@
-"""Kernels that are bound by memory, alone and with cold caches: norms, dense and packed in NF4, and dequantisation next
-to bitsandbytes'. Each beside the time in which a copy moves its bytes, measured in the same run. CUDA only."""
+"""Kernels that are bound by memory, alone and with cold caches: norms, dense and packed in NF4, the column norm of an
+embedding next to PEFT's, and dequantisation next to bitsandbytes'. Each beside its floor, the time in which a copy
+moves its bytes, measured in the same run. CUDA only."""
 
 import math
 from collections.abc import Callable
@@ -9,19 +10,33 @@ from torch import Tensor
 
 from dora_ext.ops import NF4Tensor, quantize_nf4
 
-from .bench_linear import _error
-from .measure import device_ms
+from .measure import device_ms, failure
 
 KEY = "kernels"
 TITLE = "Kernels alone"
-# (out, in), r of the norms
-SHAPES = [((4096, 4096), (16, 64)), ((14336, 4096), (16, 64)), ((4096, 14336), (16, 64))]
 NAMES = {
     "norm": "norm, bfloat16",
+    "peft_norm": "norm, PEFT",
     "norm_nf4": "norm, NF4",
     "dequantize_nf4": "dequantize NF4",
     "bitsandbytes": "dequantize NF4, bitsandbytes",
 }
+HEADING = "out × in, r"
+NORMS = ("norm", "norm_nf4")
+ALL = (*NORMS, "dequantize_nf4", "bitsandbytes")
+EMBEDDING = "embedding"
+# The layer, (out, in), r, what is measured. An embedding's weight is (in, out), its norm one of columns.
+ROWS = [
+    ("linear", (4096, 4096), 16, ALL),
+    ("linear", (4096, 4096), 64, NORMS),
+    ("linear", (4096, 4096), 384, NORMS),
+    ("linear", (14336, 4096), 16, ALL),
+    ("linear", (14336, 4096), 64, NORMS),
+    ("linear", (14336, 4096), 384, NORMS),
+    ("linear", (4096, 14336), 16, ALL),
+    ("linear", (4096, 14336), 64, NORMS),
+    (EMBEDDING, (4096, 128256), 16, ("norm", "peft_norm")),
+]
 COLD = 256 << 20  # bytes of weights that take turns: more than any L2 holds
 
 
@@ -32,31 +47,34 @@ def run(device: str, quick: bool, note) -> list[dict]:
     copied = torch.empty(COLD // 2, dtype=torch.int8, device="cuda")
     target = torch.empty_like(copied)
     bytes_per_ms = 2 * COLD // 2 / device_ms(lambda: target.copy_(copied), 8 if quick else 30)
-    for shape, ranks in SHAPES[: 1 if quick else None]:
-        for r in ranks[: 1 if quick else None]:
-            note(f"{KEY}: {shape}, r {r}")
-            rivals = {}
-            for name in NAMES if r == ranks[0] else ("norm", "norm_nf4"):
-                try:
-                    us, moved = _measure(name, shape, r, 8 if quick else 30)
-                    rivals[name] = {"us": us, "copy_us": 1e3 * moved / bytes_per_ms}
-                except Exception as error:  # one rival's failure is a result of its own
-                    rivals[name] = _error(error)
-            rows.append({"out": shape[0], "in": shape[1], "r": r, "rivals": rivals})
+    for layer, shape, r, names in ROWS[: 1 if quick else None]:
+        note(f"{KEY}: {layer}, {shape}, r {r}")
+        rivals = {}
+        for name in names:
+            try:
+                us, moved = _measure(name, shape, r, layer == EMBEDDING, 8 if quick else 30)
+                rivals[name] = {"us": us, "copy_us": 1e3 * moved / bytes_per_ms}
+            except Exception as error:
+                rivals[name] = failure(error)
+            torch.cuda.empty_cache()
+        rows.append({"layer": layer, "out": shape[0], "in": shape[1], "r": r, "rivals": rivals})
     return rows
 
 
-def _measure(name: str, shape: tuple[int, int], r: int, repeats: int) -> tuple[float, int]:
+def _measure(name: str, shape: tuple[int, int], r: int, transposed: bool, repeats: int) -> tuple[float, int]:
     """Microseconds of one call, and the bytes that it reads of W and writes."""
     dense, packed = 2 * math.prod(shape), math.prod(shape) // 2
     count = math.ceil(COLD / (packed if name == "norm_nf4" else dense))
-    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    stored = shape[::-1] if transposed else shape
+    weights = [torch.randn(stored, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     if name == "bitsandbytes":
         calls, moved = _bitsandbytes(weights)
     elif name == "norm":
         lora_A, lora_B, magnitude = _factors(shape, r)
-        calls = [lambda w=w: torch.ops.dora_ext.norm(w, lora_A, lora_B, magnitude, 2.0) for w in weights]
+        calls = [lambda w=w: torch.ops.dora_ext.norm(w, lora_A, lora_B, magnitude, 2.0, transposed) for w in weights]
         moved = dense
+    elif name == "peft_norm":
+        calls, moved = [peft_embedding_norm(w, *_factors(shape, r)[:2]) for w in weights], dense
     else:
         tensors = [quantize_nf4(w) for w in weights]
         moved = sum(t.nbytes for t in tensors[0] if isinstance(t, Tensor))
@@ -71,6 +89,19 @@ def _measure(name: str, shape: tuple[int, int], r: int, repeats: int) -> tuple[f
 def _factors(shape: tuple[int, int], r: int) -> tuple[Tensor, Tensor, Tensor]:
     lora_A, lora_B = torch.randn(r, shape[1], device="cuda"), torch.randn(shape[0], r, device="cuda")
     return lora_A.bfloat16(), lora_B.bfloat16(), torch.rand(shape[0], device="cuda")
+
+
+def peft_embedding_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Callable[[], Tensor]:
+    """As in each forward of PEFT's embedding: B A, and the norm of W + s B A; W (vocab, dim), s = 2."""
+    from peft.tuners.lora.dora import DoraEmbeddingLayer
+
+    layer = DoraEmbeddingLayer(fan_in_fan_out=True)
+
+    def norm() -> Tensor:
+        delta = layer.get_lora_weight(lora_A.T, lora_B.T)
+        return layer.get_weight_norm(weight, delta, 2.0)
+
+    return norm
 
 
 def _norm_nf4(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Callable:
@@ -94,13 +125,19 @@ def table(rows: list[dict]) -> list[str]:
     lines = [
         "Each cell: µs, and that over the time in which a copy moves the bytes that it reads of W and writes.",
         "",
-        "| out × in, r | " + " | ".join(NAMES[n] for n in names) + " |",
+        f"| {HEADING} | " + " | ".join(NAMES[n] for n in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for row in rows:
         cells = [_cell(row["rivals"].get(n)) for n in names]
-        lines.append(f"| {row['out']} × {row['in']}, {row['r']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def label(row: dict) -> str:
+    # Only linear layers were measured before rows said what they are of.
+    what = f"{EMBEDDING} " if row.get("layer") == EMBEDDING else ""
+    return f"{what}{row['out']} × {row['in']}, {row['r']}"
 
 
 def _cell(result: dict | None) -> str:

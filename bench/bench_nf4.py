@@ -1,11 +1,12 @@
 """A training step over a 4-bit base (NF4, nested scales): PEFT over bitsandbytes' Linear4bit, and ours over the same
-layer and over NF4 storage of our own. Steps and clocks as in bench_linear."""
+layer and over NF4 storage of our own. Steps and clocks are those of bench/training_step.py."""
 
-from torch import nn
+from functools import partial
 
-from .bench_linear import on_cpu, on_cuda
-from .bench_linear import table as linear_table
-from .rivals import OURS, Problem, Rival, Shape, _ours, _peft
+from . import bench_linear, rows
+from .rivals import BYTES_PER_NF4_WEIGHT, OURS, Problem, Rival, linear4bit, our_layer, peft_layer
+from .shapes import LinearShape
+from .training_step import ON
 
 KEY = "nf4_step"
 TITLE = "Training step of one linear layer over a 4-bit base"
@@ -15,38 +16,36 @@ NAMES = {
     f"{OURS}_linear4bit": "dora_ext, Linear4bit",
     OURS: "dora_ext, own NF4",
 }
-CUDA_SHAPES = [Shape(4096, 4096, 4096, 16), Shape(4096, 4096, 14336, 16), Shape(4096, 14336, 4096, 16)]
-CPU_SHAPES = [Shape(512, 2048, 2048, 16), Shape(512, 1024, 1024, 16)]
+HEADING = LinearShape.heading
+SHAPES = {
+    "cuda": [LinearShape(4096, 4096, 4096, 16), LinearShape(4096, 4096, 14336, 16), LinearShape(4096, 14336, 4096, 16)],
+    "cpu": [LinearShape(512, 2048, 2048, 16), LinearShape(512, 1024, 1024, 16)],
+}
 
 
 def run(device: str, quick: bool, note) -> list[dict]:
-    rows = []
-    for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
-        note(f"{KEY}: {shape}")
-        measure = on_cuda if device == "cuda" else on_cpu
-        rows.append(vars(shape) | {"rivals": measure(shape, list(NAMES), quick, build)})
-    return rows
+    return rows.measured(KEY, SHAPES[device], NAMES, quick, note, partial(ON[device], build=build))
 
 
 def build(name: str, problem: Problem) -> Rival:
     if name == OURS:
-        layer = _ours(problem, quantize="nf4")
+        layer = our_layer(problem, quantize="nf4")
     elif name.startswith(OURS):
-        layer = _ours(problem, linear4bit(problem))
+        layer = our_layer(problem, linear4bit(problem))
     else:
-        layer = _peft(problem, use_dora=name == "peft_qdora", base=linear4bit(problem))
+        layer = peft_layer(problem, use_dora=name == "peft_qdora", base=linear4bit(problem))
     return Rival(layer, layer, problem)
 
 
-def linear4bit(problem: Problem) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
-
-    dense, dtype = problem.base(), problem.weight.dtype
-    bias = dense.bias is not None
-    layer = Linear4bit(dense.in_features, dense.out_features, bias, compute_dtype=dtype, quant_type="nf4").to(dtype)
-    layer.load_state_dict(dense.state_dict())
-    return layer.to(problem.weight.device)
+def work(row: dict) -> tuple[float, float]:
+    """Operations and bytes as in bench_linear, W packed."""
+    operations, moved = bench_linear.work(row)
+    return operations, moved - (2 - BYTES_PER_NF4_WEIGHT) * row["in_features"] * row["out_features"]
 
 
-def table(rows: list[dict]) -> list[str]:
-    return linear_table(rows, NAMES)
+def label(row: dict) -> str:
+    return bench_linear.label(row)
+
+
+def table(results: list[dict]) -> list[str]:
+    return rows.table(results, NAMES, HEADING, label)

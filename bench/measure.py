@@ -103,3 +103,14 @@ def ceilings(repeats: int = 20) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = device_ms(lambda: target.copy_(source), repeats)
     return {"gemm_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * source.nbytes / copy / 1e9}
+
+
+def floor_ms(operations: float, moved: float, ceilings: dict[str, float]) -> float:
+    """The time for so many operations at the measured rate of a product, or for so many bytes at that of a copy: the
+    longer of the two, since they overlap. Other shapes of product can be a little faster than the one measured."""
+    return max(operations / ceilings["gemm_tflops"], moved / ceilings["copy_tb_s"]) / 1e9
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """One rival's failure is a result of its own."""
+    return {"error": f"{type(error).__name__}: {error}"[:500]}

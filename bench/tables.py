@@ -10,11 +10,11 @@ import json
 import re
 from pathlib import Path
 
-from . import bench_decode, bench_distributed, bench_error, bench_kernels, bench_linear, bench_nf4
+from . import bench_distributed
+from .benches import BENCHES
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = {bench.KEY: bench.table for bench in (bench_linear, bench_error, bench_nf4, bench_kernels, bench_decode)}
-TABLES["distributed"] = bench_distributed.table
+TABLES = {bench.KEY: bench.table for bench in BENCHES.values()} | {"distributed": bench_distributed.table}
 GPU_REPORT = RESULTS.parents[1] / "tests" / "gpu_report.json"
 STATUS = re.compile(r"(<!-- gpu status -->\n).*?(<!-- /gpu status -->)", re.DOTALL)
 MARKERS = re.compile(r"(<!-- bench: (\w+) (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

@@ -8,10 +8,23 @@ import torch
 
 pytest.importorskip("peft")
 from bench import __main__ as program
-from bench import bench_decode, bench_error, bench_linear, bench_nf4, measure, rivals, tables
+from bench import (
+    bench_conv,
+    bench_decode,
+    bench_embedding,
+    bench_error,
+    bench_forward,
+    bench_linear,
+    bench_nf4,
+    measure,
+    rivals,
+    rows,
+    shapes,
+    tables,
+)
 
 ROOT = Path(__file__).parents[1]
-SMALL = rivals.Shape(8, 16, 24, 2)
+SMALL = shapes.LinearShape(8, 16, 24, 2)
 
 
 def test_readme_tables_are_those_of_the_results():
@@ -26,32 +39,17 @@ def test_committed_results_are_complete():
         assert {"device", "torch", "peft", "commit", "date"} <= set(facts), path
 
 
-@pytest.mark.parametrize("name", ["linear", "peft_lora", "peft_dora", rivals.OURS])
-def test_rivals_compute_the_same_layer(name):
-    problem = rivals.Problem.random(SMALL, "cpu", torch.float64, bias=True)
-    rival = rivals.build(name, problem)
-    versions = [p._version for p in rival.factors]
-    rival.touch()
-    assert all(p._version > v for p, v in zip(rival.factors, versions, strict=True))
-    assert len(rival.step()) == 1 + len(rival.trained) == {"linear": 1, "peft_lora": 3}.get(name, 4)
-    if "dora" in name:
-        errors = bench_error.errors_of(name, problem)
-        assert set(errors) == set(bench_error.OUTPUTS)
-        assert max(errors.values()) < 1e-12
+@pytest.fixture
+def small(monkeypatch):
+    """Every bench at one small shape."""
+    for bench in (bench_linear, bench_nf4, bench_forward):
+        monkeypatch.setitem(bench.SHAPES, "cpu", [SMALL])
+    monkeypatch.setitem(bench_conv.SHAPES, "cpu", [shapes.ConvShape(2, 4, 6, 3, (5, 4), 2)])
+    monkeypatch.setitem(bench_embedding.SHAPES, "cpu", [shapes.EmbeddingShape(5, 12, 6, 2)])
+    monkeypatch.setitem(bench_decode.ROWS, "cpu", [(SMALL, bench_decode.DENSE)])
 
 
-@pytest.mark.parametrize("name", bench_nf4.NAMES)
-def test_rivals_over_four_bits_compute_the_same_layer(bnb, name):
-    problem = rivals.Problem.random(SMALL, "cpu", torch.float32, bias=True)
-    rival = bench_nf4.build(name, problem)
-    weight = bench_nf4.linear4bit(problem).weight
-    problem.weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    same = rivals.build("peft_lora" if name == "peft_qlora" else "peft_dora", problem)
-    for ours, expected in zip(rival.step(), same.step(), strict=True):
-        assert (ours - expected).norm() <= 1e-5 * expected.norm()
-
-
-def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
+def test_a_rivals_failure_is_a_result(small, monkeypatch, tmp_path, capsys):
     build = rivals.build
 
     def fail_for_one(name, problem):
@@ -59,38 +57,38 @@ def test_a_rivals_failure_is_a_result(monkeypatch, tmp_path, capsys):
             raise RuntimeError("out of luck")
         return build(name, problem)
 
-    for module in (bench_linear, bench_error):
+    for module in (rivals, bench_error):
         monkeypatch.setattr(module, "build", fail_for_one)
-    for module in (bench_linear, bench_nf4):
-        monkeypatch.setattr(module, "CPU_SHAPES", [SMALL])
-    monkeypatch.setattr(bench_decode, "CPU_ROWS", [(SMALL, bench_decode.DENSE)])
     out = tmp_path / "new" / "r.json"
-    assert program.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
+    assert program.main(["--device", "cpu", "--quick", "--out", str(out), "--plot"]) == 0
     results = json.loads(out.read_text())
-    timed = results["linear_step"][0]["rivals"]
-    assert timed["peft_dora"] == {"error": "RuntimeError: out of luck"}
-    assert all(timed[name]["wall_ms"] > 0 for name in ("linear", "peft_lora", rivals.OURS))
+    for key, bare in (("linear_step", "linear"), ("conv_step", "conv"), ("embedding_step", "embedding")):
+        timed = results[key][0]["rivals"]
+        assert timed["peft_dora"] == {"error": "RuntimeError: out of luck"}
+        assert list(timed) == [bare, "peft_lora", "peft_dora", rivals.OURS]
+        assert all(timed[name]["wall_ms"] > 0 for name in (bare, "peft_lora", rivals.OURS))
+        assert "| failed |" in tables.section(key, "r", tmp_path / "new")
+    assert all(r["wall_ms"] > 0 for key in ("forward", "decode") for r in results[key][0]["rivals"].values())
     assert "peft_dora failed: RuntimeError: out of luck" in capsys.readouterr().out
-    assert "| failed |" in tables.section("linear_step", "r", tmp_path / "new")
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-@pytest.mark.parametrize("weights", [bench_decode.DENSE, bench_decode.PACKED])
-@pytest.mark.parametrize("name", bench_decode.NAMES)
-def test_inference_is_the_same_with_the_norm_at_hand(bnb, name, weights):
-    problem = rivals.Problem.random(rivals.Shape(1, 64, 24, 2), "cpu", torch.float32, bias=True)
-    call, at_hand = bench_decode.build(name, weights, problem)
-    y = at_hand()
-    y = y[0] if isinstance(y, tuple) else y
-    torch.testing.assert_close(call(), y, rtol=1e-5, atol=1e-5)
-
-
-def test_one_op_can_be_chosen(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_linear, "CPU_SHAPES", [SMALL])
+def test_one_op_can_be_chosen(small, tmp_path):
     out = tmp_path / "r.json"
     program.main(["linear", "--device", "cpu", "--quick", "--out", str(out)])
     assert "errors" not in json.loads(out.read_text())
     with pytest.raises(SystemExit):
         program.main(["no_such_op"])
+
+
+def test_what_was_measured_before_a_failure_is_told():
+    timed = {"wall_ms": 2.0, "peak_mib": 3.0}
+    ours = timed | {"device_ms": 1.5}
+    row = {"rivals": {"linear": timed | {"error": "cannot be captured"}, rivals.OURS: ours}, "floor_ms": 0.5}
+    *_, line = rows.table([row], bench_linear.NAMES, "shape", lambda _: "8")
+    assert line == "| 8 | failed / 2.00 / 3 | 1.500 / 2.00 / 3 | 0.500, 3.00 |"
+    *_, line = rows.table([row], bench_linear.NAMES, "shape", lambda _: "8", unit="µs")
+    assert line.endswith("| 1500.0 / 2000 / 3 | 500.0, 3.00 |")
 
 
 def test_unmeasured_sections_say_so(tmp_path):
