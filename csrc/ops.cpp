@@ -15,10 +15,11 @@ TORCH_LIBRARY(dora_ext, m) {
       " -> (Tensor norm, Tensor gain)");
   // The same through a cache that checks itself on the device, without synchronising: `fingerprint` (int64[4]:
   // stored hash, running hash, ticket, number of norms computed) covers all bits of A and B and a sample of every
-  // row and column of W; only when it differs are the norms in `cached` (out,) computed again. Returns fresh copies.
+  // row and column of W; only when it differs are the norms in `cached` (out,) computed again. Norms of another `epoch`
+  // do not count: the caller knows that something changed. Returns fresh copies.
   m.def(
       "norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
-      " Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
+      " Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0) -> (Tensor norm, Tensor gain)");
 
   // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
@@ -127,7 +128,8 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def(
       "norm_nf4_cached(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
-      " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint) -> (Tensor norm, Tensor gain)");
+      " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
+      " -> (Tensor norm, Tensor gain)");
   // linear over W (out, in) packed in NF4, cast to x's dtype: unpacked inside, so that no graph can keep it. rest, of
   // x's shape, goes through W alone (what dropout took away): total = y + rest W^T, empty without it. dense: W in x's
   // dtype, where it had to be made before.

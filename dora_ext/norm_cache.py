@@ -45,6 +45,7 @@ class NormCache:
         """Forget the norm: the next forward computes it."""
         self._norm: Tensor | None = None
         self._fingerprint: Tensor | None = None
+        self._epoch = 0
         self._storages: tuple[StorageWeakRef, ...] = ()
         self._key: tuple = ()
         self._shard = None
@@ -81,14 +82,13 @@ class NormCache:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
             if fits and len(self._norm) == out and self._key[2] == stream:
-                self._stored_hash.zero_()
+                self._epoch += 1  # one launch less than a zeroed fingerprint
             else:
                 self._norm = torch.empty(out, dtype=dtype, device=weight.device)
                 self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
-                self._stored_hash = self._fingerprint[:1]
             self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
-        return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint)
+        return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint, self._epoch)
 
     def __deepcopy__(self, memo: dict) -> "NormCache":
         return NormCache()

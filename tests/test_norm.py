@@ -105,6 +105,23 @@ def test_opcheck(device):
     )
 
 
+def test_norms_of_another_epoch_are_not_used():
+    weight, lora_A, lora_B, magnitude = torch.randn(6, 80), torch.randn(2, 80), torch.randn(6, 2), torch.ones(6)
+    cached, fingerprint = torch.empty(6), torch.zeros(4, dtype=torch.int64)
+
+    def norm(epoch: int) -> torch.Tensor:
+        return torch.ops.dora_ext.norm_cached(
+            weight, lora_A, lora_B, magnitude, 1.5, False, cached, fingerprint, epoch
+        )[0]
+
+    expected = reference.weight_norm(weight, lora_A, lora_B, 1.5)
+    for epoch, computed in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 3)):
+        if computed > fingerprint[3]:
+            cached.mul_(2)  # what must not be given out
+        torch.testing.assert_close(norm(epoch), expected)
+        assert fingerprint[3] == computed
+
+
 def test_bad_arguments_are_named():
     w, a, b, m = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2), torch.randn(6)
     for args, error, message in [

@@ -168,8 +168,9 @@ class Cache:
         self.cached = torch.full((tensors[2].shape[0],), float("nan"), dtype=accumulate, device="cuda")
         self.fingerprint = torch.zeros(4, dtype=torch.int64, device="cuda")
 
-    def computed(self, scaling=1.5) -> int:
-        result = torch.ops.dora_ext.norm_cached(*self.tensors, scaling, self.transposed, self.cached, self.fingerprint)
+    def computed(self, scaling=1.5, epoch=0) -> int:
+        state = (self.cached, self.fingerprint, epoch)
+        result = torch.ops.dora_ext.norm_cached(*self.tensors, scaling, self.transposed, *state)
         expect_norm(result, self.tensors, scaling, self.transposed)
         fresh = torch.ops.dora_ext.norm(*self.tensors, scaling, self.transposed)
         assert all(map(torch.equal, result, fresh)) and torch.equal(self.cached, fresh[0])
@@ -202,6 +203,8 @@ def test_cached_sees_what_changed(out, inn, r, transposed, dtype):
         assert cache.computed() == expected
         assert cache.computed() == expected
     assert cache.computed(scaling=1.25) == 7
+    assert cache.computed(scaling=1.25, epoch=1) == 8  # the caller knows of a change that cannot be seen
+    assert cache.computed(scaling=1.25, epoch=1) == 8
     cache.fingerprint.zero_()  # how a cache is invalidated
     assert cache.computed(scaling=1.25) == 1
 

@@ -117,9 +117,9 @@ def test_cached_sees_what_changed(shape, dtype):
     cached = torch.full((shape[0],), float("nan"), device="cuda")
     fingerprint = torch.zeros(4, dtype=torch.int64, device="cuda")
 
-    def computed(scaling=1.5) -> int:
+    def computed(scaling=1.5, epoch=0) -> int:
         result = torch.ops.dora_ext.norm_nf4_cached(
-            *q.operands(), lora_A, lora_B, magnitude, scaling, cached, fingerprint
+            *q.operands(), lora_A, lora_B, magnitude, scaling, cached, fingerprint, epoch
         )
         expect_norm(result, *arguments, scaling)
         assert torch.equal(cached, result[0])
@@ -141,6 +141,7 @@ def test_cached_sees_what_changed(shape, dtype):
         change()
         assert computed() == computed() == expected
     assert computed(scaling=1.25) == 8
+    assert computed(scaling=1.25, epoch=1) == computed(scaling=1.25, epoch=1) == 9
 
 
 def test_cached_is_captured_and_replayed():

@@ -73,10 +73,11 @@ std::tuple<Tensor, Tensor> norm(const Tensor& weight, const Tensor& lora_A, cons
 
 std::tuple<Tensor, Tensor> norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                        const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
-                                       Tensor& fingerprint) {
+                                       Tensor& fingerprint, int64_t epoch) {
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
   Fingerprint now;
-  const double settings[] = {scaling, static_cast<double>(transposed), static_cast<double>(weight.size(0))};
+  const double settings[] = {scaling, static_cast<double>(transposed), static_cast<double>(weight.size(0)),
+                             static_cast<double>(epoch)};
   now.add_bytes(settings, sizeof(settings));
   now.add(lora_A);
   now.add(lora_B);

@@ -56,14 +56,18 @@ std::tuple<Tensor, Tensor> norm_nf4_cached(const Tensor& packed, const Tensor& a
                                            const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
                                            const OptionalTensor& offset, int64_t nested_blocksize, const Tensor& lora_A,
                                            const Tensor& lora_B, const Tensor& magnitude, double scaling,
-                                           Tensor& cached, Tensor& fingerprint) {
+                                           Tensor& cached, Tensor& fingerprint, int64_t epoch) {
   const char* op = "dora_ext::norm_nf4_cached";
   check_norm_nf4(op, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
                  lora_A, lora_B, magnitude, scaling);
   check_cached(op, cached, fingerprint, packed, at::kFloat, lora_B.size(0));
   Fingerprint now;
-  const double settings[] = {scaling, static_cast<double>(dtype), static_cast<double>(blocksize),
-                             static_cast<double>(nested_blocksize), static_cast<double>(shape[0])};
+  const double settings[] = {scaling,
+                             static_cast<double>(dtype),
+                             static_cast<double>(blocksize),
+                             static_cast<double>(nested_blocksize),
+                             static_cast<double>(shape[0]),
+                             static_cast<double>(epoch)};
   now.add_bytes(settings, sizeof(settings));
   for (const Tensor& t : {lora_A, lora_B, absmax}) now.add(t);
   for (const OptionalTensor& t : {nested_absmax, nested_code, offset})

@@ -14,7 +14,7 @@ namespace {
 // With `cached` and `fingerprint` null: always computed.
 std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                     const Tensor& magnitude, double scaling, bool transposed, Tensor* cached,
-                                    Tensor* fingerprint) {
+                                    Tensor* fingerprint, int64_t epoch) {
   const c10::cuda::CUDAGuard guard(weight.device());
   const auto options = weight.options().dtype(accumulate_type(weight.scalar_type()));
   const int64_t out = lora_B.size(0), in = lora_A.size(1);
@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
     const Tensor partials = at::empty({plan.splits.count, out}, options);
     problem.partials = mutable_data<Acc>(partials);
 
-    if (marks != nullptr) launch_fingerprint(problem, transposed, scaling, marks, device.multiprocessors, stream);
+    if (marks != nullptr)
+      launch_fingerprint(problem, transposed, scaling, epoch, marks, device.multiprocessors, stream);
     launch_norm(plan, problem, stream);
     launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
                             mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
@@ -55,14 +56,14 @@ std::tuple<Tensor, Tensor> run_norm(const Tensor& weight, const Tensor& lora_A, 
 std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                      const Tensor& magnitude, double scaling, bool transposed) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
-  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr, nullptr);
+  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr, nullptr, 0);
 }
 
 std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                             const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
-                                            Tensor& fingerprint) {
+                                            Tensor& fingerprint, int64_t epoch) {
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
-  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, &cached, &fingerprint);
+  return run_norm(weight, lora_A, lora_B, magnitude, scaling, transposed, &cached, &fingerprint, epoch);
 }
 
 }  // namespace

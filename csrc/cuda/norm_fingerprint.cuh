@@ -106,20 +106,22 @@ inline unsigned fingerprint_blocks(int64_t work, int multiprocessors) {
 template <typename T>
 __global__ void __launch_bounds__(kFingerprintThreads)
     fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, const T* lora_A, int64_t size_A, const T* lora_B,
-                       int64_t size_B, double scaling, unsigned long long* fingerprint) {
+                       int64_t size_B, double scaling, int64_t epoch, unsigned long long* fingerprint) {
   uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
                   hash_sample(weight, rows, columns, 3ull << 60);
-  if (blockIdx.x == 0 && threadIdx.x == 0) hash += mix_word(__double_as_longlong(scaling), 4ull << 60);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    hash += mix_word(__double_as_longlong(scaling), 4ull << 60) + mix_word(epoch, (4ull << 60) + 1);
+  }
   settle_fingerprint(hash, fingerprint);
 }
 
 template <typename T>
-void launch_fingerprint(const NormProblem<T>& p, bool transposed, double scaling, int64_t* fingerprint,
+void launch_fingerprint(const NormProblem<T>& p, bool transposed, double scaling, int64_t epoch, int64_t* fingerprint,
                         int multiprocessors, cudaStream_t stream) {
   const int64_t rows = transposed ? p.in : p.out, columns = transposed ? p.out : p.in;
   const int64_t work = std::max<int64_t>(p.rank * (p.in + p.out) * sizeof(T) / 8, 4 * (rows + columns));
   fingerprint_kernel<T><<<fingerprint_blocks(work, multiprocessors), kFingerprintThreads, 0, stream>>>(
-      p.weight, rows, columns, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling,
+      p.weight, rows, columns, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling, epoch,
       reinterpret_cast<unsigned long long*>(fingerprint));
 }
 

@@ -85,7 +85,7 @@ struct Nf4Sizes {
 template <typename T>
 __global__ void __launch_bounds__(kFingerprintThreads)
     fingerprint_nf4_kernel(const uint8_t* packed, Nf4Scales scales, Nf4Sizes sizes, const T* lora_A, int64_t size_A,
-                           const T* lora_B, int64_t size_B, double scaling, int64_t settings,
+                           const T* lora_B, int64_t size_B, double scaling, int64_t settings, int64_t epoch,
                            unsigned long long* fingerprint) {
   uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
                   hash_sample(packed, sizes.rows, sizes.columns, 3ull << 60);
@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kFingerprintThreads)
             hash_all(scales.nested_absmax, sizes.nested, 6ull << 60) + hash_all(scales.code, 256, 7ull << 60);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    hash += mix_word(__double_as_longlong(scaling), 4ull << 60) + mix_word(settings, (4ull << 60) + 1);
+    hash += mix_word(__double_as_longlong(scaling), 4ull << 60) + mix_word(settings, (4ull << 60) + 1) +
+            mix_word(epoch, (4ull << 60) + 3);
     if (scales.offset != nullptr) hash += mix_word(__float_as_uint(*scales.offset), (4ull << 60) + 2);
   }
   settle_fingerprint(hash, fingerprint);
@@ -104,12 +105,12 @@ __global__ void __launch_bounds__(kFingerprintThreads)
 
 template <typename T>
 void launch_fingerprint_nf4(const NormProblem<T>& p, const uint8_t* packed, const Nf4Scales& scales,
-                            const Nf4Sizes& sizes, double scaling, int64_t settings, int64_t* fingerprint,
-                            int multiprocessors, cudaStream_t stream) {
+                            const Nf4Sizes& sizes, double scaling, int64_t settings, int64_t epoch,
+                            int64_t* fingerprint, int multiprocessors, cudaStream_t stream) {
   const int64_t factors = p.rank * (p.in + p.out) * static_cast<int64_t>(sizeof(T)) / 8;
   const int64_t work = std::max({factors, 4 * (sizes.rows + sizes.columns), sizes.absmax / 2});
   fingerprint_nf4_kernel<T><<<fingerprint_blocks(work, multiprocessors), kFingerprintThreads, 0, stream>>>(
-      packed, scales, sizes, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling, settings,
+      packed, scales, sizes, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling, settings, epoch,
       reinterpret_cast<unsigned long long*>(fingerprint));
 }
 

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
                                         const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
                                         const OptionalTensor& offset, int64_t nested_blocksize, const Tensor& lora_A,
                                         const Tensor& lora_B, const Tensor& magnitude, double scaling, Tensor* cached,
-                                        Tensor* fingerprint) {
+                                        Tensor* fingerprint, int64_t epoch) {
   const c10::cuda::CUDAGuard guard(packed.device());
   const auto options = packed.options().dtype(at::kFloat);
   const int64_t out = shape[0], in = shape[1];
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> run_norm_nf4(const Tensor& packed, const Tensor& absm
         const Nf4Sizes sizes{packed.numel(), absmax.numel(), nested_absmax ? nested_absmax->numel() : 0,
                              whole ? out : 1, whole ? in / 2 : packed.numel()};
         const int64_t settings = (static_cast<int64_t>(dtype) << 40) + (nested_blocksize << 16) + blocksize;
-        launch_fingerprint_nf4(problem, call.operands.bytes(), call.operands.scales, sizes, scaling, settings,
+        launch_fingerprint_nf4(problem, call.operands.bytes(), call.operands.scales, sizes, scaling, settings, epoch,
                                call.fingerprint, device.multiprocessors, stream);
       }
       if constexpr (sizeof(T) == 2) {
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> norm_nf4_cuda(const Tensor& packed, const Tensor& abs
   check_norm_nf4("dora_ext::norm_nf4", packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                  nested_blocksize, lora_A, lora_B, magnitude, scaling);
   return run_norm_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
-                      lora_A, lora_B, magnitude, scaling, nullptr, nullptr);
+                      lora_A, lora_B, magnitude, scaling, nullptr, nullptr, 0);
 }
 
 std::tuple<Tensor, Tensor> norm_nf4_cached_cuda(const Tensor& packed, const Tensor& absmax, int64_t blocksize,
@@ -144,13 +144,13 @@ std::tuple<Tensor, Tensor> norm_nf4_cached_cuda(const Tensor& packed, const Tens
                                                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
                                                 const OptionalTensor& offset, int64_t nested_blocksize,
                                                 const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-                                                double scaling, Tensor& cached, Tensor& fingerprint) {
+                                                double scaling, Tensor& cached, Tensor& fingerprint, int64_t epoch) {
   const char* op = "dora_ext::norm_nf4_cached";
   check_norm_nf4(op, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
                  lora_A, lora_B, magnitude, scaling);
   check_cached(op, cached, fingerprint, packed, at::kFloat, lora_B.size(0));
   return run_norm_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
-                      lora_A, lora_B, magnitude, scaling, &cached, &fingerprint);
+                      lora_A, lora_B, magnitude, scaling, &cached, &fingerprint, epoch);
 }
 
 }  // namespace

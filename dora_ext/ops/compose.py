@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ._registry import fake, without_autocast
+from .features import feature_products, times_matrix
 
 
 @fake("compose")
@@ -60,15 +61,8 @@ class _DoraDelta(torch.autograd.Function):
         grad_base, dm, sums = torch.ops.dora_ext.compose_backward.default(
             grad, base, norm, gain, bias, False, True, first
         )
-        # (features, everything else) views of the gradient and of h, whatever the layout.
-        rows = grad.movedim(1, -1) if first else grad
-        h_rows = h.movedim(1, -1) if first else h
-        rows, h_rows = rows.reshape(-1, rows.shape[-1]), h_rows.reshape(-1, h_rows.shape[-1])
-        grad_B, adapter_dm = adapter_sums(rows.T @ h_rows, lora_B, norm, gain, s)
-        grad_h = rows @ ((s * gain)[:, None] * lora_B).to(rows.dtype)
-        if first:
-            grad_h = grad_h.view(h.shape[0], *h.shape[2:], h.shape[1]).movedim(-1, 1)
-        grad_h = grad_h.reshape(h.shape)
+        grad_B, adapter_dm = adapter_sums(feature_products(grad, h, first), lora_B, norm, gain, s)
+        grad_h = times_matrix(grad, ((s * gain)[:, None] * lora_B).to(grad.dtype), first)
         grad_bias = None if bias is None else ((1 - gain) * sums).to(bias.dtype)
         return grad_base, grad_h, grad_B, (dm + adapter_dm).to(ctx.magnitude_dtype), None, grad_bias, None, None
 

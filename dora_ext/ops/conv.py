@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from .._load import require
 from ._registry import autocast_dtype, without_autocast
 from .compose import adapter_sums
+from .features import feature_products, times_matrix
 from .norm import norm_and_gain
 
 _aten = torch.ops.aten
@@ -41,31 +42,26 @@ class _DoraConv(torch.autograd.Function):
     def _backward(ctx, grad):
         x, h, base, weight, lora_A, lora_B, norm, gain = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        geometry = (*ctx.geometry, False, [0])
+        geometry, groups = (*ctx.geometry, False, [0]), ctx.groups
         G, dm, db = torch.ops.dora_ext.compose_backward.default(
             grad, grad if base is None else base, norm, gain, None, False, False, True
         )
         dx = dA = dB = None
         if need_x:
-            dx = _aten.convolution_backward(G, x, weight, None, *geometry, ctx.groups, [True, False, False])[0]
+            dx = _aten.convolution_backward(G, x, weight, None, *geometry, groups, [True, False, False])[0]
         if need_x or need_A or need_B or need_m:
-            # B is a 1x1 convolution: its input's gradient is P = s G B, its weight's is G^T h.
-            ones = [1] * (x.dim() - 2)
-            scaled = (ctx.scaling * lora_B).to(x.dtype)
-            P, raw, _ = _aten.convolution_backward(
-                G if not (need_B or need_m) else grad,
-                h,
-                scaled if not (need_B or need_m) else (_column(gain, lora_B) * ctx.scaling * lora_B).to(x.dtype),
-                None, ones, [0] * len(ones), ones, False, [0], ctx.groups, [need_x or need_A, need_B or need_m, False],
-            )  # fmt: skip
+            # From dY and g B, since G = g dY is rounded once more.
             if need_B or need_m:
-                grad_B, adapter_dm = adapter_sums(raw.flatten(1), lora_B.flatten(1), norm, gain, ctx.scaling)
+                sums = _own_groups(feature_products(grad, h, True), groups)
+                grad_B, adapter_dm = adapter_sums(sums, lora_B.flatten(1), norm, gain, ctx.scaling)
                 dB, dm = grad_B.view_as(lora_B), dm + adapter_dm
             if need_x or need_A:
+                scaled_B = gain[:, None] * ctx.scaling * _dense(lora_B, groups)
+                P = times_matrix(grad, scaled_B.to(x.dtype), True)
                 dx_A, dA, _ = _aten.convolution_backward(
                     P, x, lora_A.to(x.dtype), None, *geometry, 1, [need_x, need_A, False]
                 )
-                dx = dx + dx_A if need_x else None
+                dx = dx.add_(dx_A) if need_x else None
                 dA = dA.to(lora_A.dtype) if need_A else None
         shape, dtype = ctx.magnitude_like
         dm = dm.to(dtype).view(shape) if need_m else None
@@ -73,14 +69,17 @@ class _DoraConv(torch.autograd.Function):
         return dx, None, dA, dB if need_B else None, dm, db, *([None] * 7)
 
 
-def _column(per_feature: Tensor, like: Tensor) -> Tensor:
-    return per_feature.view(-1, *([1] * (like.dim() - 1)))
-
-
 def _dense(lora_B: Tensor, groups: int) -> Tensor:
     """A grouped 1x1 kernel (out, r / groups, 1, ...) as a matrix (out, r) with zeros between the groups."""
     matrix = lora_B.flatten(1)
     return matrix if groups == 1 else torch.block_diag(*matrix.chunk(groups))
+
+
+def _own_groups(matrix: Tensor, groups: int) -> Tensor:
+    """_dense undone: of (out, r), what lies within the groups, (out, r / groups)."""
+    out, r = matrix.shape
+    blocks = matrix.view(groups, out // groups, groups, r // groups)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(out, r // groups)
 
 
 def dora_conv(

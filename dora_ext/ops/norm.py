@@ -15,7 +15,7 @@ def _(weight, lora_A, lora_B, magnitude, scaling, transposed=False):
 
 
 @fake("norm_cached")
-def _(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint):
+def _(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint, epoch=0):
     return torch.empty_like(cached), torch.empty_like(cached)
 
 

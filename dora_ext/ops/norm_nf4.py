@@ -29,7 +29,7 @@ def _(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offse
 
 @fake("norm_nf4_cached")
 def _(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
-      lora_A, lora_B, magnitude, scaling, cached, fingerprint):  # fmt: skip
+      lora_A, lora_B, magnitude, scaling, cached, fingerprint, epoch=0):  # fmt: skip
     return torch.empty_like(cached), torch.empty_like(cached)
 
 
@@ -79,14 +79,14 @@ def norm_and_gain_nf4(
         magnitude = magnitude.flatten()
         if has_norm_nf4(q.packed.device):
 
-            def compute(_: object, *state: Tensor) -> tuple[Tensor, Tensor]:
+            def compute(_: object, *state: Tensor | int) -> tuple[Tensor, Tensor]:
                 op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
                 return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
 
         else:
             dense = dequantize_nf4(q) if dense is None else dense
 
-            def compute(op, *state: Tensor) -> tuple[Tensor, Tensor]:
+            def compute(op, *state: Tensor | int) -> tuple[Tensor, Tensor]:
                 return op(dense, lora_A, lora_B, magnitude, scaling, False, *state)
 
         if cache is None or not cache.usable(q.packed):
