@@ -40,6 +40,10 @@ def test_every_bit_equals_bitsandbytes(bnb, device, blocksize, dtype, double_qua
                     subnormal = (out.abs() < 2**-14) & (expected.abs() < 2**-14)
                     assert (out[subnormal].float() - expected[subnormal].float()).abs().le(2**-24).all()
                     out, expected = out[~subnormal], expected[~subnormal]
+                if device == "cpu" and out_dtype == torch.bfloat16:
+                    # AVX-512's conversion takes subnormal numbers for zeros.
+                    flushed = (expected == 0) & (out.abs() <= torch.finfo(torch.bfloat16).tiny)
+                    out, expected = out[~flushed], expected[~flushed]
                 assert same_bits(out, expected), (shape, kind, out_dtype)
 
 
