@@ -1,7 +1,8 @@
 """The GPU results that travel with the code, since continuous integration has no GPU.
 
-python tests/gpu_report.py [--out FILE]      on a GPU machine: all tests, then the kernel tests under each
+python tests/gpu_report.py [--out FILE]      on a GPU machine: all tests, and the kernel tests under each
                                              compute-sanitizer tool; writes tests/gpu_report.json
+    --only pytest                            a part; the others' results stay, if they are of these very sources
 python tests/gpu_report.py --untested WHY    writes a report that says so; README's status line must then, too
 python tests/gpu_report.py --check           does the report belong to these sources, and is it good?
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+PARTS = ["pytest", *TOOLS]
 # Tests that launch our kernels directly; under a sanitizer a few sizes of each are enough, and all there is time for.
 KERNEL_TESTS = [
     "test_norm",
@@ -45,7 +47,7 @@ KERNEL_TESTS = [
 # compilers and tracers around a kernel change nothing in it; billions of weights take too long.
 NOT_UNDER_A_SANITIZER = "not captur and not compile and not opcheck and not 2_to_the_31"
 CASES_PER_TEST = 4
-SECONDS_PER_TOOL = 240
+SECONDS_PER_TOOL = 480
 # racecheck itself breaks off ("failed to handle a hardware exception") where the library's half-precision products run
 # on Hopper. The kernels around them have tests of their own. It knows no wgmma either.
 RACECHECK_ONLY = (
@@ -62,12 +64,6 @@ def digest(root: Path = ROOT) -> str:
     for path in sorted(files):
         total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     return total.hexdigest()
-
-
-def clean(result: dict) -> bool:
-    """Did a sanitizer see tests pass, and nothing wrong?"""
-    bad = result.get("errors", 1) or result.get("failed", 1) or result.get("timed_out")
-    return not bad and bool(result.get("passed"))
 
 
 def problems(report: dict, readme: str, sources: str) -> list[str]:
@@ -87,7 +83,8 @@ def problems(report: dict, readme: str, sources: str) -> list[str]:
         found.append(f"tests on the GPU: {tests}")
     for tool in TOOLS:
         result = report.get("sanitizer", {}).get(tool, {})
-        if result.get("errors", 1) or result.get("failed", 1) or not result.get("passed"):
+        bad = result.get("errors", 1) or result.get("failed", 1) or result.get("timed_out")
+        if bad or not result.get("passed"):
             found.append(f"compute-sanitizer {tool}: {result}")
     return found
 
@@ -104,6 +101,7 @@ def count(xml: Path) -> dict:
         "failed": total["failures"] + total["errors"],
         "skipped": total["skipped"],
         "passed_cuda": len(on_gpu),
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad if case[0].tag != "skipped"],
         "skips": sorted({case[0].get("message", "") for case in bad if case[0].tag == "skipped"}),
     }
 
@@ -176,7 +174,7 @@ def summary(text: str, tool: str) -> int:
     return sum(map(int, found))
 
 
-def measure(out: Path) -> dict:
+def measure(out: Path, parts: list[str]) -> dict:
     import torch
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -197,23 +195,24 @@ def measure(out: Path) -> dict:
     }
     work = out.resolve().parent / "gpu_report_logs"
     work.mkdir(parents=True, exist_ok=True)
-    # Instrumentation keeps the processor busier than the GPU, so all run side by side. A tool that was clean over
-    # these very sources need not run again.
     before = json.loads(out.read_text()) if out.exists() else {}
-    known = before.get("sanitizer", {}) if before.get("digest") == report["digest"] else {}
+    if before.get("digest") != report["digest"]:
+        before = {}
+    report["pytest"], report["sanitizer"] = before.get("pytest", {}), before.get("sanitizer", {})
+    # Instrumentation keeps the processor busier than the GPU, so all run side by side.
     with ThreadPoolExecutor() as pool:
-        suite = pool.submit(run_suite, work)
-        results = {
-            t: known[t] if clean(known.get(t, {})) else pool.submit(run_sanitizer, sanitizer, t, work) for t in TOOLS
-        }
-        report["pytest"] = suite.result()
-        report["sanitizer"] = {t: r if isinstance(r, dict) else r.result() for t, r in results.items()}
+        suite = pool.submit(run_suite, work) if "pytest" in parts else None
+        tools = {t: pool.submit(run_sanitizer, sanitizer, t, work) for t in TOOLS if t in parts}
+        if suite:
+            report["pytest"] = suite.result()
+        report["sanitizer"].update((tool, result.result()) for tool, result in tools.items())
     return report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPORT)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--untested", metavar="WHY")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
@@ -222,7 +221,7 @@ def main() -> int:
     elif arguments.untested is not None:
         report = {"untested": arguments.untested, "digest": digest()}
     else:
-        report = measure(arguments.out)
+        report = measure(arguments.out, arguments.only)
     if not arguments.check:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""

@@ -1,11 +1,15 @@
+import json
+from types import SimpleNamespace
+
 import gpu_report
 import pytest
 
 README = "# dora_ext\n\nGPU status: untested, since no machine could be had\n"
+CLEAN = {"passed": 3, "failed": 0, "errors": 0}
 GOOD = {
     "digest": "abc",
     "pytest": {"passed": 9, "failed": 0, "skipped": 1, "passed_cuda": 4},
-    "sanitizer": {tool: {"passed": 3, "failed": 0, "errors": 0} for tool in gpu_report.TOOLS},
+    "sanitizer": dict.fromkeys(gpu_report.TOOLS, CLEAN),
 }
 
 
@@ -26,6 +30,7 @@ def test_a_clean_report_of_these_sources_stands():
         (changed(pytest={"passed": 9, "failed": 0, "passed_cuda": 0}), "tests on the GPU"),
         (changed(sanitizer={}), "memcheck"),
         (changed(sanitizer={**GOOD["sanitizer"], "racecheck": {"passed": 3, "failed": 0, "errors": 2}}), "racecheck"),
+        (changed(sanitizer={**GOOD["sanitizer"], "memcheck": {**CLEAN, "timed_out": True}}), "memcheck"),
         (changed(sanitizer={**GOOD["sanitizer"], "synccheck": {"passed": 0, "failed": 0, "errors": 0}}), "synccheck"),
     ],
 )
@@ -75,3 +80,44 @@ def test_digest_covers_kernels_and_what_feeds_them(tmp_path):
 )
 def test_sanitizer_summaries_are_read(tool, text, errors):
     assert gpu_report.summary(text, tool) == errors
+
+
+def test_parts_measured_alone_keep_the_others_results(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(gpu_report, "digest", lambda: "abc")
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda *_args, **_options: "/usr/bin/true")
+    for name, value in (("is_available", True), ("get_device_name", "a GPU"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(gpu_report.subprocess, "run", lambda *_args, **_options: SimpleNamespace(stdout="1.0"))
+    monkeypatch.setattr(gpu_report, "run_suite", lambda _work: GOOD["pytest"])
+    monkeypatch.setattr(gpu_report, "run_sanitizer", lambda _path, tool, _work: GOOD["sanitizer"][tool])
+    out = tmp_path / "report.json"
+
+    def measured(*parts):
+        report = gpu_report.measure(out, list(parts))
+        out.write_text(json.dumps(report))
+        return gpu_report.problems(report, "", "abc")
+
+    assert len(measured("pytest")) == len(gpu_report.TOOLS)
+    assert len(measured("memcheck", "racecheck")) == 2
+    assert measured("initcheck", "synccheck") == []
+    monkeypatch.setattr(gpu_report, "digest", lambda: "other sources")
+    assert set(gpu_report.measure(out, ["memcheck"])["sanitizer"]) == {"memcheck"}
+    assert gpu_report.measure(out, ["memcheck"])["pytest"] == {}
+
+
+def test_failures_have_names(tmp_path):
+    xml = tmp_path / "suite.xml"
+    xml.write_text(
+        '<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">'
+        '<testcase classname="tests.test_norm" name="test_a[cuda]"/>'
+        '<testcase classname="tests.test_norm" name="test_b"><failure message="no"/></testcase>'
+        '<testcase classname="tests.test_norm" name="test_c"><error message="no"/></testcase>'
+        '<testcase classname="tests.test_norm" name="test_d"><skipped message="no CUDA device"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    found = gpu_report.count(xml)
+    assert found["failures"] == ["tests.test_norm::test_b", "tests.test_norm::test_c"]
+    assert (found["passed"], found["failed"], found["skipped"], found["passed_cuda"]) == (1, 2, 1, 1)
+    assert found["skips"] == ["no CUDA device"]
