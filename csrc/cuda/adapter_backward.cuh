@@ -81,15 +81,11 @@ AdapterBackwardPlan plan_adapter_backward(int64_t tokens, int64_t out, int multi
 }
 
 template <typename T, int KT>
-cudaError_t launch_adapter_backward(const AdapterBackwardProblem<T>& p, const AdapterBackwardPlan& plan,
-                                    cudaStream_t stream) {
+void launch_adapter_backward(const AdapterBackwardProblem<T>& p, const AdapterBackwardPlan& plan, cudaStream_t stream) {
   using Tile = AdapterBackwardTile<KT>;
   const auto kernel = adapter_backward_kernel<T, KT>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-  if (error != cudaSuccess) return error;
+  allow_shared(kernel, Tile::kSharedBytes);
   kernel<<<static_cast<unsigned>(plan.groups * plan.splits), Tile::kThreads, Tile::kSharedBytes, stream>>>(p, plan);
-  return cudaSuccess;
 }
 
 template <typename T, int KT, typename TB>

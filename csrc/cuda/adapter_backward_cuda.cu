@@ -53,7 +53,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
   p.out = out;
   p.rank = static_cast<int>(rank);
   const cudaStream_t stream = current_stream();
-  C10_CUDA_CHECK((launch_adapter_backward<T, KT>(p, plan, stream)));
+  launch_adapter_backward<T, KT>(p, plan, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   const auto finish = [&](auto* to) {
     launch_adapter_backward_finish<T, KT>(p, plan, static_cast<float>(scaling), data<float>(n), mutable_data<T>(P), to,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "compose_common.cuh"
+#include "launches.cuh"
 #include "product_walk.cuh"
 
 namespace dora_ext {
@@ -147,7 +148,7 @@ bool launch_compose_high_rank(const ComposeProblem<T>& p, int multiprocessors, i
   if (memory.besides == 0 || tiles * 2 < multiprocessors) return false;
   const int64_t per_block = ceil_div<int64_t>(tiles, multiprocessors * resident);
   const auto kernel = compose_high_rank_kernel<T>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory.bytes));
+  allow_shared(kernel, memory.bytes);
   kernel<<<static_cast<unsigned>(ceil_div(tiles, per_block)), Tile::kThreads, memory.bytes, stream>>>(p, per_block);
   return true;
 }

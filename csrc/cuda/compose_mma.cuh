@@ -4,6 +4,7 @@
 #pragma once
 
 #include "compose_common.cuh"
+#include "launches.cuh"
 #include "product_walk.cuh"
 
 namespace dora_ext {
@@ -174,9 +175,7 @@ void launch_compose_mma(const ComposeProblem<T>& p, cudaStream_t stream) {
   const int64_t feature_tiles = ceil_div<int64_t>(p.out, Tile::kFeatures);
   const int64_t blocks = ceil_div<int64_t>(p.tokens, Tile::kTokens) * feature_tiles;
   const int64_t shared_bytes = Tile::shared_bytes(p.rank);
-  if (shared_bytes + 2048 > 48 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
+  allow_shared(kernel, shared_bytes);
   kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, shared_bytes, stream>>>(p, feature_tiles);
 }
 

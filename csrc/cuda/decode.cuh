@@ -211,12 +211,9 @@ void launch_decode_as(void (*kernel)(DecodeProblem<T>, Weight), const DecodeProb
   } else {
     launch_decode_adapter<T, T>(p, stream);
   }
-  const cudaFuncAttributes facts = attributes_of(kernel);
-  if (shared + facts.sharedSizeBytes > 48 << 10) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  launch_beside(kernel, facts, static_cast<unsigned>((p.out + kDecodeRows - 1) / kDecodeRows), threads, shared, stream,
-                p, weight);
+  allow_shared(kernel, shared);
+  launch_beside(kernel, static_cast<unsigned>((p.out + kDecodeRows - 1) / kDecodeRows), threads, shared, stream, p,
+                weight);
 }
 
 }  // namespace dora_ext

@@ -163,9 +163,7 @@ void launch_norm(const NormPlan<T>& plan, const NormProblem<T>& p, cudaStream_t 
   if (plan.splits.count == 0) return;  // in = 0: the finishing kernel adds up nothing
   const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
   const auto launch = [&](auto* kernel, const auto&... args) {
-    if (plan.shared_bytes > 0) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-    }
+    allow_shared(kernel, plan.shared_bytes);
     kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(args...);
   };
   if constexpr (sizeof(T) == 2) {

@@ -152,10 +152,9 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
 template <typename Acc>
 void launch_norm_finish(const Acc* partials, int splits, int64_t out, FeatureVector magnitude,
                         const int64_t* fingerprint, Acc* cached, Acc* norm, Acc* gain, cudaStream_t stream) {
-  static const cudaFuncAttributes facts = attributes_of(norm_finish_kernel<Acc>);
   constexpr int kThreads = 128;
-  launch_beside(norm_finish_kernel<Acc>, facts, static_cast<unsigned>((out + kThreads - 1) / kThreads), kThreads, 0,
-                stream, partials, splits, out, magnitude, fingerprint, cached, norm, gain);
+  launch_beside(norm_finish_kernel<Acc>, static_cast<unsigned>((out + kThreads - 1) / kThreads), kThreads, 0, stream,
+                partials, splits, out, magnitude, fingerprint, cached, norm, gain);
 }
 
 }  // namespace dora_ext

@@ -4,6 +4,7 @@
 //   else                                          a stretch of rows after the other is unpacked for the dense norm
 #pragma once
 
+#include "launches.cuh"
 #include "norm_fingerprint.cuh"
 #include "norm_rows_nf4.cuh"
 
@@ -19,7 +20,7 @@ struct NormNf4Plan {
 
   void launch(const NormProblem<T>& p, const Nf4Matrix& matrix, cudaStream_t stream) const {
     if (strips == 0) return;  // in = 0
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    allow_shared(kernel, shared_bytes);
     const dim3 grid(static_cast<unsigned>(chunks.count), static_cast<unsigned>(strips));
     kernel<<<grid, threads, shared_bytes, stream>>>(p, matrix, chunks.tiles);
   }

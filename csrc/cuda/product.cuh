@@ -35,10 +35,7 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int
     return cudaErrorInvalidValue;
   }
   const auto kernel = product_kernel<T, Tile, RightTransposed>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-  if (error != cudaSuccess) return error;
-
+  allow_shared(kernel, Tile::kSharedBytes);
   const int64_t tiles = (int64_t{p.rows} + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows) *
                         ((p.columns + Tile::kColumns - 1) / Tile::kColumns);
   const int64_t clusters = multiprocessors / Tile::kCluster;
