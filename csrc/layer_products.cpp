@@ -15,6 +15,7 @@
 #include "aligned.h"
 #include "inside_op.h"
 #include "product_choice.h"
+#include "products.h"
 
 namespace dora_ext {
 namespace {
@@ -100,9 +101,12 @@ Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, 
   if (hopper_takes(G, weight, P, !transposed)) {
     return hopper_product(G, weight, P, aligned(transposed ? A.t() : A, 16), std::nullopt, std::nullopt, !transposed);
   }
-  Tensor grad_x = at::mm(G, transposed ? weight.t() : weight);
+  const Tensor W = transposed ? weight.t() : weight;
+  // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more. Cheaper
+  // still is our own pass over the large one, which half precision would have to round once more.
+  if (G.is_cpu() && !has_cpu_loops(G)) return at::mm(P, A).addmm_(G, W);
+  Tensor grad_x = at::mm(G, W);
   if (!G.is_cpu()) return grad_x.addmm_(P, A);
-  // Our own pass adds up in fp32 whatever the dtype, and packs no copies of what is used once.
   compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
               std::nullopt, 1);
   return grad_x;

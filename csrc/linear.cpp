@@ -35,11 +35,11 @@ std::tuple<Tensor, Tensor> decode_op(const Tensor& x, const Tensor& weight, cons
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& base, const Tensor& norm,
                                                        const Tensor& gain) {
-  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                              const Tensor&, const OptionalTensor&, bool, bool, bool)>(
+  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool)>(
       "dora_ext::compose_backward");
   return op.call(grad, base, norm, gain, std::nullopt, /*saved_is_output=*/false, /*delta=*/false,
-                 /*channels_first=*/false);
+                 /*channels_first=*/false, /*want_G=*/true);
 }
 
 AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,

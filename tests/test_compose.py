@@ -217,6 +217,20 @@ def test_compose_backward_of_expanded_and_strided_gradients(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("shape", [(40, 136, 24), (3, 7, 5)])
+def test_sums_without_the_scaled_gradient_are_the_same(device, dtype, channels_first, shape):
+    grad, saved = (randn(*shape, dtype=dtype, device=device) for _ in range(2))
+    gain, bias = features(shape[1 if channels_first else 2], dtype, device, True)
+    args = (grad, saved, gain.abs() + 0.5, gain, bias, True, False, channels_first)
+    _, *expected = torch.ops.dora_ext.compose_backward(*args)
+    G, *sums = torch.ops.dora_ext.compose_backward(*args, want_G=False)
+    assert G.numel() == 0 and all(map(torch.equal, sums, expected))
+    torch.library.opcheck(torch.ops.dora_ext.compose_backward.default, (*args, False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_empty_batches(device, channels_first):
     shape, h_shape = ((0, 6, 4), (0, 2, 4)) if channels_first else ((4, 0, 6), (4, 0, 2))

@@ -13,6 +13,7 @@ CASES = [
     ((9, 8), (3, 3), {"padding": 1}, 1),
     ((9, 8), (3, 2), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}, 4),
     ((8, 8), (1, 1), {}, 1),
+    ((3, 3), (3, 3), {"padding": 1}, 1),  # more weights than inputs
     ((5, 4, 6), (3, 1, 2), {"stride": 2, "padding": 1}, 1),
 ]
 
@@ -110,13 +111,14 @@ def test_output_may_be_overwritten_in_place():
         assert_close(b, a, 1e-12)
 
 
-def test_only_what_is_asked_for():
-    t = inputs((9, 8), (3, 3), 2, torch.float64, "cpu")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_what_is_asked_for(groups):
+    t = inputs((9, 8), (3, 3), groups, torch.float64, "cpu")
     ref = doubles(t)
     reference.conv(**ref, scaling=1.0).square().sum().backward()
     for wanted in GRADIENTS:
         leaves = {k: v.detach().requires_grad_(k == wanted) for k, v in t.items()}
-        dora_conv(**leaves, scaling=1.0, groups=2).square().sum().backward()
+        dora_conv(**leaves, scaling=1.0, groups=groups).square().sum().backward()
         assert_close(leaves[wanted].grad, ref[wanted].grad, 1e-12, wanted)
         assert all(leaves[k].grad is None for k in GRADIENTS if k != wanted)
 

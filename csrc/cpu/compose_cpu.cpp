@@ -109,18 +109,20 @@ void compose_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                     const Tensor& gain, const OptionalTensor& bias,
-                                                    bool saved_is_output, bool delta, bool channels_first) {
+                                                    bool saved_is_output, bool delta, bool channels_first,
+                                                    bool want_G) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
   if (stored_features_last(grad, channels_first)) {
-    auto [G, dm, db] =
-        compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output, delta, false);
-    return {G.movedim(-1, 1), dm, db};
+    auto [G, dm, db] = compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output,
+                                        delta, false, want_G);
+    return {want_G ? G.movedim(-1, 1) : G, dm, db};
   }
   // Fixed blocks of rows, so that bits do not depend on threads; no more than kMostBlocks partial sums.
   constexpr int64_t kFewestRows = 32, kMostBlocks = 128;
   const auto acc = accumulate_type(grad.scalar_type());
   const Layout l(grad, channels_first);
-  const Tensor d = grad.contiguous(), v = saved.contiguous(), G = at::empty_like(d);
+  const Tensor d = grad.contiguous(), v = saved.contiguous();
+  const Tensor G = want_G ? at::empty_like(d) : at::empty({0}, d.options());
   const Tensor n = contiguous_as(norm, acc), g = contiguous_as(gain, acc), mul = delta ? g.sub(1) : g;
   const Tensor sub = bias ? contiguous_as(*bias, acc) : at::zeros_like(g);
   const int64_t rows = l.inner > 1 ? 1 : std::max(kFewestRows, divide_up(l.outer, kMostBlocks));
@@ -130,15 +132,16 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Te
   dispatch(d.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Acc = acc_type<T>;
-    T* Gp = data<T>(G);
+    T* Gp = want_G ? data<T>(G) : nullptr;
     const T *dp = data<T>(d), *vp = data<T>(v);
     const Acc *mp = data<Acc>(mul), *cp = data<Acc>(sub), *np = data<Acc>(n), *gp = data<Acc>(g);
     at::parallel_for(0, blocks, grain(rows * size), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t at = b * rows * size, count = std::min(rows, l.outer - b * rows);
         Acc* to = data<Acc>(sums) + b * 2 * l.features;
-        l.inner > 1 ? kernels<T>().backward_by_row(Gp + at, dp + at, vp + at, l.features, l.inner, mp, cp, to)
-                    : kernels<T>().backward_by_column(Gp + at, dp + at, vp + at, count, l.features, mp, cp, to);
+        T* G_at = want_G ? Gp + at : nullptr;
+        l.inner > 1 ? kernels<T>().backward_by_row(G_at, dp + at, vp + at, l.features, l.inner, mp, cp, to)
+                    : kernels<T>().backward_by_column(G_at, dp + at, vp + at, count, l.features, mp, cp, to);
       }
     });
     Acc *mg = data<Acc>(dm), *bg = data<Acc>(db);

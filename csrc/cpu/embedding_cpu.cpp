@@ -56,7 +56,7 @@ void dot_with_weight(const Tensor& grad, const Tensor& weight, const Ids& ids, c
   const T *dp = data<T>(grad), *w = data<T>(weight);
   const Acc* zero = data<Acc>(zeros);
   at::parallel_for(0, blocks, grain(rows * dim), [&](int64_t begin, int64_t end) {
-    std::vector<T> gathered(kFewestRows * dim), unused(kFewestRows * dim);
+    std::vector<T> gathered(kFewestRows * dim);
     for (int64_t b = begin; b < end; ++b)
       for (int64_t t = b * rows; t < std::min((b + 1) * rows, ids.tokens); t += kFewestRows) {
         const int64_t count = std::min({kFewestRows, ids.tokens - t, (b + 1) * rows - t});
@@ -65,7 +65,7 @@ void dot_with_weight(const Tensor& grad, const Tensor& weight, const Ids& ids, c
           ids.valid(t + i) ? std::memcpy(to, w + ids.at(t + i) * dim, dim * sizeof(T))
                            : std::memset(to, 0, dim * sizeof(T));
         }
-        kernels<T>().backward_by_column(unused.data(), dp + t * dim, gathered.data(), count, dim, zero, zero,
+        kernels<T>().backward_by_column(nullptr, dp + t * dim, gathered.data(), count, dim, zero, zero,
                                         data<Acc>(sums) + b * 2 * dim);
       }
   });

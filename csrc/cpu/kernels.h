@@ -61,10 +61,10 @@ struct Kernels {
   // y = base * mul[i] + add[i] + C M
   void (*compose_by_row)(T* y, const T* base, int64_t rows, int64_t columns, LowRank<A> low, const A* mul,
                          const A* add);
-  // G = grad * mul[j], sums[j] += sum_i grad * (saved - sub[j]), sums[columns + j] += sum_i grad.
+  // G = grad * mul[j] (null: not wanted), sums[j] += sum_i grad * (saved - sub[j]), sums[columns + j] += sum_i grad.
   void (*backward_by_column)(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const A* mul,
                              const A* sub, A* sums);
-  // G = grad * mul[i], sums[i] = sum_j grad * (saved - sub[i]), sums[rows + i] = sum_j grad.
+  // G = grad * mul[i] (null: not wanted), sums[i] = sum_j grad * (saved - sub[i]), sums[rows + i] = sum_j grad.
   void (*backward_by_row)(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const A* mul,
                           const A* sub, A* sums);
 };

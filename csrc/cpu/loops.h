@@ -219,6 +219,7 @@ inline void backward_strip(T* G, const T* grad, const T* saved, int64_t columns,
   }
   Small::store_at(sums + j, 0, width, product);
   Small::store_at(sums + columns + j, 0, width, plain);
+  if (G == nullptr) return;
   for (int i = 0; i < R; ++i) Wide::store_at(G + i * columns + j, 0, width, d[i] * m);
 }
 
@@ -235,24 +236,25 @@ template <typename T>
 void backward_by_column(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const acc_type<T>* mul,
                         const acc_type<T>* sub, acc_type<T>* sums) {
   constexpr int R = 8;
+  const int64_t step = G == nullptr ? 0 : columns;
   int64_t i = 0;
   for (; i + R <= rows; i += R)
-    backward_rows<T, R>(G + i * columns, grad + i * columns, saved + i * columns, columns, mul, sub, sums);
+    backward_rows<T, R>(G + i * step, grad + i * columns, saved + i * columns, columns, mul, sub, sums);
   for (; i < rows; ++i)
-    backward_rows<T, 1>(G + i * columns, grad + i * columns, saved + i * columns, columns, mul, sub, sums);
+    backward_rows<T, 1>(G + i * step, grad + i * columns, saved + i * columns, columns, mul, sub, sums);
 }
 
 template <typename T>
 void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const acc_type<T>* mul,
                      const acc_type<T>* sub, acc_type<T>* sums) {
-  for (int64_t i = 0; i < rows; ++i, G += columns, grad += columns, saved += columns) {
+  for (int64_t i = 0; i < rows; ++i, grad += columns, saved += columns) {
     Vector<T> product = {}, plain = {};
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       // Lanes past the end have d = 0 and add nothing.
       const Vector<T> d = load_first(grad + j, columns - j), v = load_first(saved + j, columns - j);
       product += d * (v - sub[i]);
       plain += d;
-      store_first(G + j, d * mul[i], columns - j);
+      if (G != nullptr) store_first(G + i * columns + j, d * mul[i], columns - j);
     }
     sums[i] = static_cast<acc_type<T>>(sum_lanes(product));
     sums[rows + i] = static_cast<acc_type<T>>(sum_lanes(plain));

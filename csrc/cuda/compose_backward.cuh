@@ -16,7 +16,7 @@ struct ComposeBackwardProblem {
   using Acc = accumulate_t<T>;
   const T* grad;          // (tokens, out), or (batch, out, length) channels first
   const T* saved;         // the same; (any, out) with `rows`
-  T* scaled;              // G = (gain + gain_offset) * grad, like grad
+  T* scaled;              // G = (gain + gain_offset) * grad, like grad; null: not asked for
   const Acc* gain;        // (out,); null counts as 0
   Acc gain_offset;        //
   FeatureVector bias;     // (out,), taken off saved; data null for none
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(256, 2) compose_backward_rows_kernel(ComposeBa
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t t = token + u * rows;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], gain, bias, sums, sums + N, 1);
-        if (t < end) store(p.scaled + t * p.out + feature, scaled);
+        if (t < end && p.scaled != nullptr) store(p.scaled + t * p.out + feature, scaled);
       }
     }
   }
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256, 3)
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = position + u * 32 * N;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], &gain, &bias, &sum, &total, 0);
-        if (at < end) store(p.scaled + row + at, scaled);
+        if (at < end && p.scaled != nullptr) store(p.scaled + row + at, scaled);
       }
     }
   }

@@ -108,11 +108,13 @@ void compose_cuda_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Te
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                          const Tensor& gain, const OptionalTensor& bias,
-                                                         bool saved_is_output, bool delta, bool channels_first) {
+                                                         bool saved_is_output, bool delta, bool channels_first,
+                                                         bool want_G) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
   const c10::cuda::CUDAGuard guard(grad.device());
   const Layout layout(saved, channels_first);
-  const Tensor d = layout.arrange(grad), v = layout.arrange(saved), G = at::empty_like(v);
+  const Tensor d = layout.arrange(grad), v = layout.arrange(saved);
+  const Tensor G = want_G ? at::empty_like(v) : at::empty({0}, v.options());
   const auto accumulate = accumulate_type(grad.scalar_type());
   const auto options = norm.options().dtype(accumulate);
   const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
@@ -126,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
     ComposeBackwardProblem<T> p{};
     p.grad = data<T>(d);
     p.saved = data<T>(v);
-    p.scaled = mutable_data<T>(G);
+    p.scaled = want_G ? mutable_data<T>(G) : nullptr;
     p.gain = data<Acc>(g);
     p.gain_offset = delta ? -1 : 0;
     p.bias = optional_feature_vector(b);
@@ -150,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
                                         stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {layout.restore(G, saved), grad_magnitude.to(norm.scalar_type()), grad_bias.to(norm.scalar_type())};
+  return {want_G ? layout.restore(G, saved) : G, grad_magnitude.to(norm.scalar_type()),
+          grad_bias.to(norm.scalar_type())};
 }
 
 void magnitude_grad_recover_cuda_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,

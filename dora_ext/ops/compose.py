@@ -20,8 +20,8 @@ def _(base, h, lora_B, gain, bias, scaling, delta=False, channels_first=False):
 
 
 @fake("compose_backward")
-def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_first=False):
-    return torch.empty_like(saved), torch.empty_like(norm), torch.empty_like(norm)
+def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_first=False, want_G=True):
+    return torch.empty_like(saved) if want_G else saved.new_empty(0), torch.empty_like(norm), torch.empty_like(norm)
 
 
 @fake("magnitude_grad_recover_")

@@ -42,27 +42,33 @@ class _DoraConv(torch.autograd.Function):
     def _backward(ctx, grad):
         x, h, base, weight, lora_A, lora_B, norm, gain = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        geometry, groups = (*ctx.geometry, False, [0]), ctx.groups
-        G, dm, db = torch.ops.dora_ext.compose_backward.default(
-            grad, grad if base is None else base, norm, gain, None, False, False, True
-        )
-        dx = dA = dB = None
+        scaling, groups, geometry = ctx.scaling, ctx.groups, (*ctx.geometry, False, [0])
+        dx = dA = dB = dm = db = None
+        if need_m or need_bias:
+            _, dm, db = torch.ops.dora_ext.compose_backward.default(
+                grad, grad if base is None else base, norm, gain, None, False, False, True, False
+            )
+        if need_B or need_m:
+            sums = _own_groups(feature_products(grad, h, True), groups)
+            grad_B, adapter_dm = adapter_sums(sums, lora_B.flatten(1), norm, gain, scaling)
+            dB = grad_B.view_as(lora_B)
+            dm = dm + adapter_dm if need_m else None
+        # The gain goes to the weights, of which there are few, and G = g dY is never made.
+        gained_B = gain[:, None] * (scaling * _dense(lora_B, groups))
+        merged = need_x and groups == 1 and weight.numel() <= x.numel()
+        if need_A or (need_x and not merged):
+            P = times_matrix(grad, gained_B.to(x.dtype), True)
+            wanted = [need_x and not merged, need_A, False]
+            dx, dA, _ = _aten.convolution_backward(P, x, lora_A.to(x.dtype), None, *geometry, 1, wanted)
+            dA = dA.to(lora_A.dtype) if need_A else None
         if need_x:
-            dx = _aten.convolution_backward(G, x, weight, None, *geometry, groups, [True, False, False])[0]
-        if need_x or need_A or need_B or need_m:
-            # From dY and g B, since G = g dY is rounded once more.
-            if need_B or need_m:
-                sums = _own_groups(feature_products(grad, h, True), groups)
-                grad_B, adapter_dm = adapter_sums(sums, lora_B.flatten(1), norm, gain, ctx.scaling)
-                dB, dm = grad_B.view_as(lora_B), dm + adapter_dm
-            if need_x or need_A:
-                scaled_B = gain[:, None] * ctx.scaling * _dense(lora_B, groups)
-                P = times_matrix(grad, scaled_B.to(x.dtype), True)
-                dx_A, dA, _ = _aten.convolution_backward(
-                    P, x, lora_A.to(x.dtype), None, *geometry, 1, [need_x, need_A, False]
-                )
-                dx = dx.add_(dx_A) if need_x else None
-                dA = dA.to(lora_A.dtype) if need_A else None
+            W = gain[:, None] * weight.flatten(1)
+            if merged:
+                # B A is of the weight's size here: one convolution does, where its passes over dX would be more.
+                W = torch.addmm(W, gained_B.to(W.dtype), lora_A.flatten(1).to(W.dtype))
+            W = W.to(x.dtype).view(weight.shape)
+            dx_W = _aten.convolution_backward(grad, x, W, None, *geometry, groups, [True, False, False])[0]
+            dx = dx_W if merged else dx_W.add_(dx)
         shape, dtype = ctx.magnitude_like
         dm = dm.to(dtype).view(shape) if need_m else None
         db = db.to(ctx.bias_dtype) if need_bias else None
