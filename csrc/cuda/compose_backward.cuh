@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(256, 2) compose_backward_rows_kernel(ComposeBa
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t t = token + u * rows;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], gain, bias, sums, sums + N, 1);
-        if (t < end && p.scaled != nullptr) store(p.scaled + t * p.out + feature, scaled);
+        if (p.scaled != nullptr && t < end) store(p.scaled + t * p.out + feature, scaled);
       }
     }
   }
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(256, 2) compose_backward_rows_kernel(ComposeBa
 
 // N positions a lane and step. Split = (group of samples, piece of the positions).
 template <typename T, int N>
-__global__ void __launch_bounds__(256, 3)
+__global__ void __launch_bounds__(256, kBeforeAmpere ? 2 : 3)
     compose_backward_channels_kernel(ComposeBackwardProblem<T> p, BackwardPlan plan) {
   using Acc = accumulate_t<T>;
   constexpr int kUnroll = 4;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256, 3)
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = position + u * 32 * N;
         const Pack<T, N> scaled = backward_step(grad[u], saved[u], &gain, &bias, &sum, &total, 0);
-        if (at < end && p.scaled != nullptr) store(p.scaled + row + at, scaled);
+        if (p.scaled != nullptr && at < end) store(p.scaled + row + at, scaled);
       }
     }
   }
