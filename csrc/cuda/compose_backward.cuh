@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "compose_common.cuh"
+#include "mma.cuh"
 
 namespace dora_ext {
 
