@@ -96,7 +96,7 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
   return y;
 }
 
-Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {
+Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {
   // To this product W is the other way round.
   if (hopper_takes(G, weight, P, !transposed)) {
     return hopper_product(G, weight, P, aligned(transposed ? A.t() : A, 16), std::nullopt, std::nullopt, !transposed);
@@ -106,7 +106,9 @@ Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, 
   // still is our own pass over the large one, which half precision would have to round once more.
   if (G.is_cpu() && !has_cpu_loops(G)) return at::mm(P, A).addmm_(G, W);
   Tensor grad_x = at::mm(G, W);
-  if (!G.is_cpu()) return grad_x.addmm_(P, A);
+  const bool on_cpu = G.is_cpu();
+  G.reset();
+  if (!on_cpu) return grad_x.addmm_(P, A);
   compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
               std::nullopt, 1);
   return grad_x;

@@ -12,7 +12,7 @@ namespace dora_ext {
 Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& h, const Tensor& lora_B,
                        const Tensor& gain, const OptionalTensor& bias, double scaling);
 
-// dX = G W + P A
-Tensor backward_product(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);
+// dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be.
+Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);
 
 }  // namespace dora_ext

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "adapter_backward.h"
 #include "check_decode.h"
@@ -137,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
+  if (want_x) grad_x = backward_product(std::move(G), weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
   if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
-  if (want_x) grad_x = backward_product(G, weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
           want_m ? grad_m.to(magnitude.scalar_type()) : none(), want_b ? grad_b.to(bias->scalar_type()) : none()};
 }
