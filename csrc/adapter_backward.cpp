@@ -19,18 +19,23 @@ AdapterGradients adapter_backward(const Tensor& grad, const OptionalTensor& y, c
 
 }  // namespace
 
+std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
+                                                       const Tensor& gain, const OptionalTensor& bias,
+                                                       bool saved_is_output, bool want_G) {
+  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool)>(
+      "dora_ext::compose_backward");
+  return op.call(grad, saved, norm, gain, bias, saved_is_output, /*delta=*/false, /*channels_first=*/false, want_G);
+}
+
 AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
                                            const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
                                            const OptionalTensor& bias, double scaling, int64_t mask) {
-  static auto compose_backward = find_op<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool)>(
-      "dora_ext::compose_backward");
   InsideOp guard;
   // One for each: results must not share memory.
   const auto none = [&] { return at::empty({0}, grad.options()); };
-  const auto [G, grad_m, grad_b] =
-      compose_backward.call(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt, y.has_value(), /*delta=*/false,
-                            /*channels_first=*/false, mask & (kWantG | kWantP | kWantB));
+  const auto [G, grad_m, grad_b] = compose_backward_op(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt,
+                                                       y.has_value(), mask & (kWantG | kWantP | kWantB));
   return {mask & kWantG ? G : none(),
           mask & kWantP ? product_with_narrow(G, lora_B.to(grad.scalar_type()), scaling) : none(),
           mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(), mask & kWantMagnitude ? grad_m : none(),

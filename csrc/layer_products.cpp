@@ -104,11 +104,9 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
   const Tensor W = transposed ? weight.t() : weight;
   // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more. Cheaper
   // still is our own pass over the large one, which half precision would have to round once more.
-  if (G.is_cpu() && !has_cpu_loops(G)) return at::mm(P, A).addmm_(G, W);
+  if (!has_cpu_loops(G)) return G.is_cpu() ? at::mm(P, A).addmm_(G, W) : at::mm(G, W).addmm_(P, A);
   Tensor grad_x = at::mm(G, W);
-  const bool on_cpu = G.is_cpu();
   G.reset();
-  if (!on_cpu) return grad_x.addmm_(P, A);
   compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
               std::nullopt, 1);
   return grad_x;

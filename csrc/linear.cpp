@@ -34,15 +34,6 @@ std::tuple<Tensor, Tensor> decode_op(const Tensor& x, const Tensor& weight, cons
   return op.call(x, weight, lora_A, lora_B, gain, bias, scaling);
 }
 
-std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& base, const Tensor& norm,
-                                                       const Tensor& gain) {
-  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool)>(
-      "dora_ext::compose_backward");
-  return op.call(grad, base, norm, gain, std::nullopt, /*saved_is_output=*/false, /*delta=*/false,
-                 /*channels_first=*/false, /*want_G=*/true);
-}
-
 AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                      const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
                                      int64_t mask) {
@@ -132,7 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   } else {
     // u once more; E = dY^T h is the adapter's part of it.
     const Tensor base = at::mm(tokens, transposed ? weight : weight.t());
-    std::tie(G, grad_m, grad_b) = compose_backward_op(grad, base, n, gain);
+    std::tie(G, grad_m, grad_b) =
+        compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false, /*want_G=*/true);
     const Tensor E = product_for(n, grad.t(), h);
     grad_m.add_(E.mul(lora_B).sum(1).mul_(scaling).div_(n).masked_fill_(n.eq(0), 0));
     if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);

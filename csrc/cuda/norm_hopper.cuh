@@ -241,8 +241,7 @@ __global__ void __launch_bounds__(HopperNorm::kThreads, 1)
 
 template <typename T>
 bool has_norm_hopper_kernel() {
-  static const bool has = has_hopper_code(norm_hopper_kernel<T>);
-  return has;
+  return has_hopper_code(norm_hopper_kernel<T>);
 }
 
 }  // namespace dora_ext

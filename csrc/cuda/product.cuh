@@ -20,8 +20,7 @@ struct ProductMatrices {
 };
 
 inline bool has_product_kernel() {
-  static const bool has = has_hopper_code(product_kernel<__half, HopperTile<128>, false>);
-  return has;
+  return has_hopper_code(product_kernel<__half, HopperTile<128>, false>);
 }
 
 template <typename T, typename Tile, bool RightTransposed>

@@ -54,8 +54,9 @@ class _DoraConv(torch.autograd.Function):
             dB = grad_B.view_as(lora_B)
             dm = dm + adapter_dm if need_m else None
         # The gain goes to the weights, of which there are few, and G = g dY is never made.
-        gained_B = gain[:, None] * (scaling * _dense(lora_B, groups))
         merged = need_x and groups == 1 and weight.numel() <= x.numel()
+        if need_x or need_A:
+            gained_B = gain[:, None] * (scaling * _dense(lora_B, groups))
         if need_A or (need_x and not merged):
             P = times_matrix(grad, gained_B.to(x.dtype), True)
             wanted = [need_x and not merged, need_A, False]
@@ -83,6 +84,8 @@ def _dense(lora_B: Tensor, groups: int) -> Tensor:
 
 def _own_groups(matrix: Tensor, groups: int) -> Tensor:
     """_dense undone: of (out, r), what lies within the groups, (out, r / groups)."""
+    if groups == 1:
+        return matrix
     out, r = matrix.shape
     blocks = matrix.view(groups, out // groups, groups, r // groups)
     return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(out, r // groups)

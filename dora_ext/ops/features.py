@@ -1,6 +1,6 @@
 """Products over an array's features, which are its last dimension or, `channels_first`, its second: B as a 1x1
-convolution, and its gradients. Nothing of the array's size is copied, in whichever order it lies in memory; libraries'
-convolutions with few channels do so to both of their arrays."""
+convolution, and its gradients. Nothing of the array's size is copied, whether memory has the features last or the
+positions; libraries' convolutions with few channels do so to both of their arrays."""
 
 import torch
 from torch import Tensor
