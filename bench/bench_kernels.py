@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_ext.ops import NF4Tensor, quantize_nf4
 
-from .measure import device_ms, failure
+from .measure import device_ms_of, failure
 
 KEY = "kernels"
 TITLE = "Kernels alone"
@@ -46,7 +46,7 @@ def run(device: str, quick: bool, note) -> list[dict]:
     rows = []
     copied = torch.empty(COLD // 2, dtype=torch.int8, device="cuda")
     target = torch.empty_like(copied)
-    bytes_per_ms = 2 * COLD // 2 / device_ms(lambda: target.copy_(copied), 8 if quick else 30)
+    bytes_per_ms = 2 * COLD // 2 / device_ms_of(lambda: target.copy_(copied), 8 if quick else 30)
     for layer, shape, r, names in ROWS[: 1 if quick else None]:
         note(f"{KEY}: {layer}, {shape}, r {r}")
         rivals = {}
@@ -83,7 +83,7 @@ def _measure(name: str, shape: tuple[int, int], r: int, transposed: bool, repeat
         else:
             calls = [lambda q=q: torch.ops.dora_ext.dequantize_nf4(*q.operands()) for q in tensors]
             moved += dense
-    return 1e3 * device_ms(lambda: [call() for call in calls], repeats) / count, moved
+    return 1e3 * device_ms_of(lambda: [call() for call in calls], repeats) / count, moved
 
 
 def _factors(shape: tuple[int, int], r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .measure import device_ms, failure, interleaved_cpu_ms, wall_ms
+from .measure import captured, cpu_ms, device_ms, failure, wall_ms
 from .rivals import COMPILED, OURS, Problem, factors, linear4bit, our_layer, peft_layer
 from .shapes import LinearShape
 
@@ -56,23 +56,25 @@ def on_cuda(
 ) -> dict[str, dict]:
     """bf16, no bias."""
     problem = Problem.random(shape, "cuda", torch.bfloat16, bias=False)
-    results = {}
+    repeats = 8 if quick else 30
+    results: dict[str, dict] = {name: {} for name in names}
+    first: dict[str, tuple[Call, Call]] = {}
+    replays: dict[str, Call] = {}
     for name in names:
-        result = results[name] = {}
         try:
             calls = [build(name, problem, packed) for _ in range(layers)]
-            result["wall_ms"] = wall_ms(calls[0][0], lambda: None, 8 if quick else 30)
-
-            def around() -> None:
-                for _, at_hand in calls:  # noqa: B023
-                    at_hand()
-
-            result["device_ms"] = device_ms(around, 8 if quick else 30) / layers
+            calls[0][0]()
+            first[name] = (calls[0][0], lambda: None)
+            replays[name] = captured(lambda calls=calls: [at_hand() for _, at_hand in calls])
         except Exception as error:
-            result |= failure(error)
-        calls = around = None
+            results[name] = failure(error)
+        calls = None
         gc.collect()
         torch.cuda.empty_cache()
+    for name, ms in wall_ms(first, repeats).items():
+        results[name]["wall_ms"] = ms
+    for name, ms in device_ms(replays, repeats).items():
+        results[name]["device_ms"] = ms / layers
     torch._dynamo.reset()
     return results
 
@@ -91,7 +93,7 @@ def on_cpu(shape: LinearShape, names: list[str], quick: bool, packed: bool = Fal
         except Exception as error:
             calls.pop(name, None)
             results[name] = failure(error)
-    for name, ms in interleaved_cpu_ms(calls, rounds=5 if quick else 41).items():
+    for name, ms in cpu_ms(calls, 5 if quick else 41).items():
         results[name]["wall_ms"] = ms
     return results
 

@@ -13,8 +13,8 @@ import torch
 Step = Callable[[], object]
 
 
-def device_ms(step: Step, repeats: int = 30) -> float:
-    """Median time of one replay of `step`, captured as a CUDA graph."""
+def captured(step: Step) -> Step:
+    """The replay of `step` as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -24,32 +24,41 @@ def device_ms(step: Step, repeats: int = 30) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for _ in range(5):
+
+    def replay(_kept: Step = step) -> None:  # what the graph reads lives as long as it
         graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
+
+    return replay
+
+
+def device_ms(replays: dict[str, Step], repeats: int = 30) -> dict[str, float]:
+    """Median time of one replay of each. Rivals take turns of a few replays, the first of them not timed: a GPU's clock
+    follows the power drawn, and must be the same for all."""
+    turn = 3
+    events: dict[str, list] = {name: [] for name in replays}
+    for i in range(1 + repeats // turn):
+        for name in _rotated(replays, i):
+            replays[name]()
+            for _ in range(turn):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                replays[name]()
+                end.record()
+                if i:
+                    events[name].append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) for name, pairs in events.items()}
 
 
-def wall_ms(step: Step, touch: Step, repeats: int = 30) -> float:
-    """Median time from the call to the device's having finished, caches cold."""
+def device_ms_of(step: Step, repeats: int = 30) -> float:
+    return device_ms({"": captured(step)}, repeats)[""]
+
+
+def wall_ms(steps: dict[str, tuple[Step, Step]], repeats: int = 30) -> dict[str, float]:
+    """Median time of each (step, touch) from the call to the end of the device's work, caches cold. They take turns."""
     # Larger than any L2: writing it drives everything else out.
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    seconds = []
-    for i in range(repeats + 3):
-        touch()
-        flush.zero_()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if i >= 3:
-            seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds)
+    return _in_turns(steps, repeats, flush.zero_, torch.cuda.synchronize)
 
 
 def peak_mib(step: Step, touch: Step) -> float:
@@ -64,20 +73,31 @@ def peak_mib(step: Step, touch: Step) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def interleaved_cpu_ms(steps: dict[str, tuple[Step, Step]], rounds: int = 15) -> dict[str, float]:
-    """Median wall time of each (step, touch). Rivals take turns: a slow minute of the machine hits all alike."""
+def cpu_ms(steps: dict[str, tuple[Step, Step]], repeats: int = 15) -> dict[str, float]:
+    """Median wall time of each (step, touch) on the CPU. Rivals take turns."""
+    return _in_turns(steps, repeats, lambda: None, lambda: None)
+
+
+def _in_turns(steps: dict[str, tuple[Step, Step]], repeats: int, flush: Step, wait: Step) -> dict[str, float]:
+    """A slow minute of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for i in range(rounds + 2):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
+    for i in range(repeats + 2):
+        for name in _rotated(steps, i):
             step, touch = steps[name]
             touch()
+            flush()
+            wait()
             start = time.perf_counter()
             step()
+            wait()
             if i >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def _rotated(steps: dict, i: int) -> list[str]:
+    names = list(steps)
+    return names[i % len(names) :] + names[: i % len(names)] if names else []
 
 
 def cpu_peak_mib(step: Step, touch: Step) -> float:
@@ -98,10 +118,10 @@ def cpu_peak_mib(step: Step, touch: Step) -> float:
 def ceilings(repeats: int = 20) -> dict[str, float]:
     """What this device reaches: a large bf16 product, and a copy (bytes read and written)."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = device_ms(lambda: a @ b, repeats)
+    product = device_ms_of(lambda: a @ b, repeats)
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    copy = device_ms(lambda: target.copy_(source), repeats)
+    copy = device_ms_of(lambda: target.copy_(source), repeats)
     return {"gemm_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * source.nbytes / copy / 1e9}
 
 

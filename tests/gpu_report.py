@@ -108,10 +108,14 @@ def count(xml: Path) -> dict:
 
 def run_suite(work: Path) -> dict:
     xml, start = work / "suite.xml", time.monotonic()
-    # Minutes on a GPU machine are dear: pytest-xdist, where it is installed, shares the suite among the cores.
-    workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q", *workers]
-    subprocess.run(command, cwd=ROOT, check=False)
+    # Minutes on a GPU machine are dear: pytest-xdist, where it is installed, shares the suite among the cores. A thread
+    # for each worker: OpenMP's, spinning for one another's cores, take several times as long.
+    workers, environment = [], None
+    if importlib.util.find_spec("xdist"):
+        workers = ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q", "--durations=15", *workers]
+    subprocess.run(command, cwd=ROOT, env=environment, check=False)
     return {**count(xml), "seconds": round(time.monotonic() - start)}
 
 
@@ -142,7 +146,7 @@ def run_sanitizer(sanitizer: str, tool: str, work: Path) -> dict:
         *map(str, files),
     ]
     # torch's caching allocator would hide an access past the end of a tensor inside one large block.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
