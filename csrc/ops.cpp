@@ -151,3 +151,13 @@ TORCH_LIBRARY(dora_ext, m) {
   // fp32 (256,), ascending.
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");
 }
+
+// Gradients are made outside the ops, by torch.autograd.Function in Python; n and g have none (DoRA, section 4.3). Said
+// here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
+TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
+  for (const char* op :
+       {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_backward", "linear_nf4_forward",
+        "linear_nf4_backward", "embedding_forward", "embedding_backward"}) {
+    m.impl(op, torch::CppFunction::makeFallthrough());
+  }
+}

@@ -38,7 +38,8 @@ def is_partitioned(t: Tensor) -> bool:
 
 def is_sharded(t: Tensor) -> bool:
     """A DTensor, as FSDP2 leaves it between forwards."""
-    return hasattr(t, "full_tensor")
+    # A failed look-up costs as much as a small launch, and this is asked for several tensors in every forward.
+    return type(t) not in (nn.Parameter, Tensor) and hasattr(t, "full_tensor")
 
 
 def whole(t: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ class NormCache:
             # An operation on the DTensor counts in its own version, one on the local tensor in that one's.
             constants = (*constants, shard._version)
             tensors = (*tensors, shard._local_tensor)
-        key = (tuple(map(_place, tensors)), constants, stream, _optimizer_steps)
+        places = tuple([_place(t) for t in tensors])
+        key = (places, constants, stream, _optimizer_steps)
         if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)
@@ -86,7 +87,8 @@ class NormCache:
             else:
                 self._norm = torch.empty(out, dtype=dtype, device=weight.device)
                 self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
-            self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
+            if not self._key or [p[0] for p in places] != [p[0] for p in self._key[0]]:
+                self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
         return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint, self._epoch)
 

@@ -110,7 +110,7 @@ class DoraBase(nn.Module):
     @property
     def magnitude(self) -> nn.Parameter:
         """m, one number per output feature; a convolution's is (1, out, 1, ...), as PEFT keeps it."""
-        return self.lora_magnitude_vector[ADAPTER].weight
+        return self._modules["lora_magnitude_vector"]._modules[ADAPTER].weight
 
     @property
     def weight(self) -> Tensor:
@@ -123,7 +123,7 @@ class DoraBase(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self.merged_weight is not None
+        return self._buffers["merged_weight"] is not None
 
     def reset_parameters(self) -> None:
         """Start the adapter anew: B A = 0 and m = |W|. W and the bias stay; on the meta device nothing is done."""
@@ -152,7 +152,8 @@ class DoraBase(nn.Module):
 
     def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """n and g (out,) of W, A, B, m, as the forward has them at hand."""
-        if any(map(is_sharded, tensors)):
+        weight, lora_A, lora_B, magnitude = tensors
+        if is_sharded(weight) or is_sharded(lora_A) or is_sharded(lora_B) or is_sharded(magnitude):
             raise RuntimeError(
                 f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, "
                 "not on its base_layer alone, whose forward it never calls"

@@ -139,7 +139,8 @@ class DoraLinear(DoraBase):
         return (self.out_features,)
 
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        modules = self._modules  # every forward comes here: nn.Module's own look-up costs several times as much
+        return modules["lora_A"]._modules[ADAPTER].weight, modules["lora_B"]._modules[ADAPTER].weight
 
     def _effective_weight(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         delta = self.scaling * (lora_B @ lora_A)
@@ -156,22 +157,23 @@ class DoraLinear(DoraBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if self.merged:
+        if self._buffers["merged_weight"] is not None:
             weight, bias = self.merged_weight, self.bias
             if self.quantised:
                 bias = None if bias is None else bias.to(weight.dtype)
                 return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
             return F.linear(x, weight.T if self.transposed else weight, bias)
-        return self._quantised_forward(x) if self.quantised else self._forward(x, self.base_layer.weight)
+        return self._quantised_forward(x) if self.quantised else self._forward(x)
 
-    def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        adapter = (*self._factors(), self.magnitude)
+    def _forward(self, x: Tensor) -> Tensor:
+        base = self._modules["base_layer"]
+        weight, adapter = base.weight, (*self._factors(), self.magnitude)
         norm, gain = self._norm_and_gain(weight, *adapter)
         options = {"scaling": self.scaling, "transposed": self.transposed, "norm": norm, "gain": gain}
         if not (self.training and self.dropout):
-            return dora_linear(x, weight, *adapter, self.bias, **options)
+            return dora_linear(x, weight, *adapter, base.bias, **options)
         dropped = F.dropout(x, self.dropout)
-        y = dora_linear(dropped, weight, *adapter, self.bias, **options)
+        y = dora_linear(dropped, weight, *adapter, base.bias, **options)
         return add_product(y, x - dropped, weight if self.transposed else weight.T)
 
     def _quantised_forward(self, x: Tensor) -> Tensor:

@@ -36,4 +36,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Inside, products keep their operands' dtype."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -45,7 +45,7 @@ class _DoraLinear(torch.autograd.Function):
         if norm is None:
             norm, gain = computed
         needs = ctx.needs_input_grad
-        ctx.mask = sum(bit for bit, i in ((_X, 0), (_A, 2), (_B, 3), (_MAGNITUDE, 4), (_BIAS, 5)) if needs[i])
+        ctx.mask = _X * needs[0] + _A * needs[2] + _B * needs[3] + _MAGNITUDE * needs[4] + _BIAS * needs[5]
         ctx.scaling, ctx.transposed = scaling, transposed
         # The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it. It comes last:
         # whoever overwrites it in place (ReLU(inplace=True)) makes that one unreadable, and only that one.
@@ -57,15 +57,25 @@ class _DoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        *saved, y = _saved_tensors(ctx)
-        x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain = saved
-        grads = torch.ops.dora_ext.linear_backward.default(
-            grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
-        )
-        dx, dA, dB, dm, db = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
-        return dx, None, dA, dB, dm, db, None, None, None, None
+        # The decorator costs as much as a small launch; it has work to do only where a graph of gradients is wanted.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_y)
+
+
+def _backward(ctx, grad_y: Tensor) -> tuple:
+    *saved, y = _saved_tensors(ctx)
+    x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain = saved
+    dx, dA, dB, dm, db = torch.ops.dora_ext.linear_backward.default(
+        grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
+    )
+    needs = ctx.needs_input_grad
+    return (
+        dx if needs[0] else None, None, dA if needs[2] else None, dB if needs[3] else None,
+        dm if needs[4] else None, db if needs[5] else None, None, None, None, None,
+    )  # fmt: skip
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _saved_tensors(ctx) -> tuple:

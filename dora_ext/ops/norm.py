@@ -56,20 +56,23 @@ def norm_and_gain(
     holds `out` numbers in any shape. Neither result carries a gradient.
     """
     require()
-    with torch.no_grad():
-        if weight.dim() > 2 and lora_A.dim() == weight.dim() and lora_A.shape[1] != weight.shape[1]:
+    dims = weight.dim()
+    if dims > 2 and lora_A.dim() == dims and lora_A.shape[1] != weight.shape[1]:
+        with torch.no_grad():
             norm = _grouped_conv_norm(weight, lora_A, lora_B, scaling)
             magnitude = magnitude.flatten().to(norm.dtype)
             return norm, torch.where(norm > 0, magnitude / norm, 0.0)
 
-        def compute(op, *state):
-            w, a, b = (weight, lora_A, lora_B) if weight.dim() <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
-            return op(w, a, b, magnitude.flatten(), scaling, transposed, *state)
+    # Not under no_grad, whose coming and going costs as much as a small launch: these ops record nothing (ops.cpp).
+    def compute(op, *state):
+        w, a, b = (weight, lora_A, lora_B) if dims <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
+        m = magnitude if magnitude.dim() == 1 else magnitude.flatten()
+        return op(w, a, b, m, scaling, transposed, *state)
 
-        stored = weight if stored is None else stored
-        if cache is None or not cache.usable(stored):
-            return compute(torch.ops.dora_ext.norm.default)
-        return cache.get((stored, lora_A, lora_B), (scaling, transposed), lora_B.shape[0], compute)
+    stored = weight if stored is None else stored
+    if cache is None or not cache.usable(stored):
+        return compute(torch.ops.dora_ext.norm.default)
+    return cache.get((stored, lora_A, lora_B), (scaling, transposed), lora_B.shape[0], compute)
 
 
 def _conv_as_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

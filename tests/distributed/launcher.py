@@ -68,6 +68,7 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((scenario, options))
         deadline = time.monotonic() + self.timeout + 30  # importing torch in all ranks is part of it
+        failed = False
         answers: list = [None] * self.world
         while None in answers and time.monotonic() < deadline:
             for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
@@ -77,10 +78,11 @@ class Ranks:
                     except (EOFError, OSError):
                         process.join(5)
                         answers[rank] = ("died", process.exitcode)
-            if any(a and a[0] != "result" for a in answers):
-                # The others are waiting for one that will not come: they have until the process group's timeout.
-                # NCCL's watchdog notices and reports a little later.
-                deadline = min(deadline, time.monotonic() + self.timeout + (30 if self.device == "cuda" else 5))
+            if not failed and any(a and a[0] != "result" for a in answers):
+                failed = True
+                # The others are waiting for one that will not come: they have until the process group's timeout. NCCL's
+                # watchdog then tries to write down what was going on, before it ends the process.
+                deadline = time.monotonic() + self.timeout + (60 if self.device == "cuda" else 5)
         return [a or ("silent", f"no answer within {self.timeout + 30} s") for a in answers]
 
     def stop(self) -> None:
