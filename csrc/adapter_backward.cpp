@@ -19,6 +19,15 @@ AdapterGradients adapter_backward(const Tensor& grad, const OptionalTensor& y, c
 
 }  // namespace
 
+AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
+                                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
+                                     int64_t mask) {
+  static auto op =
+      find_op<AdapterGradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                               const Tensor&, const OptionalTensor&, double, int64_t)>("dora_ext::adapter_backward");
+  return op.call(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+}
+
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                        const Tensor& gain, const OptionalTensor& bias,
                                                        bool saved_is_output, bool want_G) {

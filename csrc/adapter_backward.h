@@ -15,6 +15,11 @@ constexpr int64_t kWantG = 1, kWantP = 2, kWantB = 4, kWantMagnitude = 8, kWantB
 
 using AdapterGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// adapter_backward, through the dispatcher.
+AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
+                                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
+                                     int64_t mask);
+
 // compose_backward with the features last, through the dispatcher: G, grad_magnitude, grad_bias.
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                        const Tensor& gain, const OptionalTensor& bias,

@@ -163,30 +163,26 @@ inline void check_compose_backward(const Tensor& grad, const Tensor& saved, cons
   if (bias) check_feature(op, "bias", *bias, out, grad);
 }
 
-// grad_magnitude is written in place, so it must have the dtype of the sums.
-inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x,
-                                         const Tensor& h, const Tensor& weight, const Tensor& lora_B,
-                                         const Tensor& norm, const Tensor& gain, double scaling, bool transposed) {
-  const char* op = "dora_ext::magnitude_grad_recover_";
-  check_float(op, "weight", weight);
-  check_dim(op, "weight", weight, 2);
+// W of `shape`, (out, in), in x's dtype, which `weight` holds in some form. grad_magnitude is written in place, so it
+// must have the dtype of the sums.
+inline void check_recover_operands(const char* op, const Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x,
+                                   const Tensor& h, at::IntArrayRef shape, const Tensor& weight, const Tensor& lora_B,
+                                   const Tensor& norm, const Tensor& gain, double scaling) {
+  check_float(op, "x", x);
   check_float(op, "lora_B", lora_B);
   check_dim(op, "lora_B", lora_B, 2);
   check_float(op, "grad_y", grad_y);
   check_dim(op, "grad_y", grad_y, 2);
-  const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1);
-  const int64_t tokens = grad_y.size(0), r = lora_B.size(1);
+  const int64_t out = shape[0], tokens = grad_y.size(0), r = lora_B.size(1);
   check_shape(op, "grad_y", grad_y, {tokens, out});
-  check_shape(op, "x", x, {tokens, in});
+  check_shape(op, "x", x, {tokens, shape[1]});
   check_shape(op, "h", h, {tokens, r});
   check_shape(op, "lora_B", lora_B, {out, r});
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() && h.scalar_type() == weight.scalar_type(), op,
-                   ": x and h: expected the dtype of weight, ", weight.scalar_type(), ", got ", x.scalar_type(),
-                   " and ", h.scalar_type());
+  TORCH_CHECK_TYPE(h.scalar_type() == x.scalar_type(), op, ": h: expected the dtype of x, ", x.scalar_type(), ", got ",
+                   h.scalar_type());
   check_feature(op, "grad_magnitude", grad_magnitude, out, weight);
-  TORCH_CHECK_TYPE(grad_magnitude.scalar_type() == accumulate_type(weight.scalar_type()), op,
-                   ": grad_magnitude: expected ", accumulate_type(weight.scalar_type()), ", got ",
-                   grad_magnitude.scalar_type());
+  TORCH_CHECK_TYPE(grad_magnitude.scalar_type() == accumulate_type(x.scalar_type()), op, ": grad_magnitude: expected ",
+                   accumulate_type(x.scalar_type()), ", got ", grad_magnitude.scalar_type());
   check_device(op, "grad_y", grad_y, "weight", weight);
   check_device(op, "x", x, "weight", weight);
   check_device(op, "h", h, "weight", weight);
@@ -194,6 +190,19 @@ inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Ten
   check_feature(op, "norm", norm, out, weight);
   check_feature(op, "gain", gain, out, weight);
   check_scaling(op, scaling);
+}
+
+inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x,
+                                         const Tensor& h, const Tensor& weight, const Tensor& lora_B,
+                                         const Tensor& norm, const Tensor& gain, double scaling, bool transposed) {
+  const char* op = "dora_ext::magnitude_grad_recover_";
+  check_float(op, "weight", weight);
+  check_dim(op, "weight", weight, 2);
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() && h.scalar_type() == weight.scalar_type(), op,
+                   ": x and h: expected the dtype of weight, ", weight.scalar_type(), ", got ", x.scalar_type(),
+                   " and ", h.scalar_type());
+  const int64_t shape[2] = {weight.size(transposed ? 1 : 0), weight.size(transposed ? 0 : 1)};
+  check_recover_operands(op, grad_magnitude, grad_y, x, h, shape, weight, lora_B, norm, gain, scaling);
 }
 
 inline void check_embedding(const char* op, const Tensor& ids, const Tensor& weight, const Tensor& lora_A,

@@ -6,6 +6,13 @@
 
 namespace dora_ext {
 
+// (..., features) as (tokens, features). Sizes are spelled out, because -1 is ambiguous in an empty batch.
+inline Tensor as_tokens(const Tensor& t) {
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
+  return t.reshape({tokens, t.size(-1)});
+}
+
 inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                          const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias, double scaling,
                          bool transposed) {

@@ -57,9 +57,14 @@ inline void check_nf4(const char* op, const Tensor& packed, const Tensor& absmax
 inline void check_dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
                                  at::ScalarType dtype, const OptionalTensor& nested_absmax,
                                  const OptionalTensor& nested_code, const OptionalTensor& offset,
-                                 int64_t nested_blocksize) {
-  check_nf4("dora_ext::dequantize_nf4", packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
-            nested_blocksize);
+                                 int64_t nested_blocksize, const OptionalTensor& row_gain) {
+  const char* op = "dora_ext::dequantize_nf4";
+  check_nf4(op, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
+  if (!row_gain) return;
+  TORCH_CHECK_VALUE(!shape.empty(), op, ": row_gain: expected None for a shape without rows");
+  TORCH_CHECK_TYPE(row_gain->scalar_type() == at::kFloat, op, ": row_gain: expected float32, got ",
+                   row_gain->scalar_type());
+  check_feature(op, "row_gain", *row_gain, shape[0], packed);
 }
 
 inline void check_norm_nf4(const char* op, const Tensor& packed, const Tensor& absmax, int64_t blocksize,

@@ -34,28 +34,12 @@ std::tuple<Tensor, Tensor> decode_op(const Tensor& x, const Tensor& weight, cons
   return op.call(x, weight, lora_A, lora_B, gain, bias, scaling);
 }
 
-AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
-                                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                     int64_t mask) {
-  static auto op =
-      find_op<AdapterGradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                               const Tensor&, const OptionalTensor&, double, int64_t)>("dora_ext::adapter_backward");
-  return op.call(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
-}
-
 void magnitude_grad_recover_op_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
                                 const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
                                 double scaling, bool transposed) {
   static auto op = find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 const Tensor&, const Tensor&, double, bool)>("dora_ext::magnitude_grad_recover_");
   op.call(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed);
-}
-
-// (..., features) as (tokens, features). Sizes are spelled out, because -1 is ambiguous in an empty batch.
-Tensor as_tokens(const Tensor& t) {
-  int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return t.reshape({tokens, t.size(-1)});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
@@ -112,10 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   const Tensor n = norm.to(accumulate_type(dtype));               // NF4's are fp32, also where x is fp64
   const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
   Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
+  const bool folded = want_x && !transposed && (y || !want_m) && folded_product_pays(tokens, weight, lora_A.size(0));
 
   if (y || !want_m) {
-    const int64_t wanted = (want_x ? kWantG : 0) | (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) |
-                           (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
+    const int64_t wanted = (want_x && !folded ? kWantG : 0) | ((want_x && !folded) || want_A ? kWantP : 0) |
+                           (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
     const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
     std::tie(G, P, grad_B, grad_m, grad_b) =
         adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted);
@@ -130,7 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
-  if (want_x) grad_x = backward_product(std::move(G), weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
+  if (folded) {
+    grad_x = folded_backward_product(grad, weight, lora_A, lora_B, gain, scaling).view(x.sizes());
+  } else if (want_x) {
+    grad_x = backward_product(std::move(G), weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
+  }
   if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
           want_m ? grad_m.to(magnitude.scalar_type()) : none(), want_b ? grad_b.to(bias->scalar_type()) : none()};

@@ -9,8 +9,12 @@
 #include <algorithm>
 #include <tuple>
 
+#include "adapter_backward.h"
 #include "check_decode.h"
+#include "check_linear.h"
 #include "inside_op.h"
+#include "layer_products.h"
+#include "products.h"
 
 namespace dora_ext {
 namespace {
@@ -18,14 +22,17 @@ namespace {
 // W (out, in) in `to`: the values that it has in `dtype`, cast.
 Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10::SymIntArrayRef shape,
               at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
-              const OptionalTensor& offset, int64_t nested_blocksize, at::ScalarType to) {
+              const OptionalTensor& offset, int64_t nested_blocksize, at::ScalarType to,
+              const OptionalTensor& row_gain = std::nullopt) {
   static auto op =
       find_op<Tensor(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
-                     const OptionalTensor&, const OptionalTensor&, int64_t)>("dora_ext::dequantize_nf4");
+                     const OptionalTensor&, const OptionalTensor&, int64_t, const OptionalTensor&)>(
+          "dora_ext::dequantize_nf4");
   // Rounded once from fp32, so that this equals fp32 values that are rounded afterwards.
   const bool direct = dtype == at::kFloat && is_half(to);
   return op
-      .call(packed, absmax, blocksize, shape, direct ? to : dtype, nested_absmax, nested_code, offset, nested_blocksize)
+      .call(packed, absmax, blocksize, shape, direct ? to : dtype, nested_absmax, nested_code, offset, nested_blocksize,
+            row_gain)
       .to(to);
 }
 
@@ -69,17 +76,81 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
   return {y, h, total.view(y.sizes())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_nf4_backward(
-    const Tensor& grad_y, const OptionalTensor& y, const Tensor& x, const Tensor& h, const Tensor& packed,
-    const Tensor& absmax, int64_t blocksize, c10::SymIntArrayRef shape, at::ScalarType dtype,
-    const OptionalTensor& nested_absmax, const OptionalTensor& nested_code, const OptionalTensor& offset,
-    int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    const OptionalTensor& bias, const Tensor& norm, const Tensor& gain, double scaling, int64_t mask) {
+using Nf4Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// On CUDA dX = [dY | P] [g W ; A], with g multiplied while W is unpacked: no G, which is a pass and an output's memory.
+// The values of W must be those of x's dtype, or else g W would be rounded to another one.
+bool gain_goes_into_weight(const Tensor& x, const OptionalTensor& y, at::ScalarType dtype, int64_t mask) {
+  return x.is_cuda() && is_half(x.scalar_type()) && (dtype == at::kFloat || dtype == x.scalar_type()) &&
+         (y || !(mask & 8)) && !(mask & 32);
+}
+
+Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTensor& y, const Tensor& x,
+                                          const Tensor& h, const Tensor& packed, const Tensor& absmax,
+                                          int64_t blocksize, c10::SymIntArrayRef shape, at::ScalarType dtype,
+                                          const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
+                                          const OptionalTensor& offset, int64_t nested_blocksize, const Tensor& lora_A,
+                                          const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias,
+                                          const Tensor& norm, const Tensor& gain, double scaling, int64_t mask) {
+  const char* name = "dora_ext::linear_nf4_backward";
+  static auto recover =
+      find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                   c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&, const OptionalTensor&,
+                   const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&, double)>(
+          "dora_ext::magnitude_grad_recover_nf4_");
+  const bool want_x = mask & 1, want_A = mask & 2, want_B = mask & 4, want_m = mask & 8, want_b = mask & 16;
+  const auto to = x.scalar_type();
+  // Of W's shape, and without its memory: for the checks.
+  const Tensor like = at::empty({1}, x.options()).expand_symint(shape);
+  check_linear(name, x, like, lora_A, lora_B, magnitude, bias, scaling, false);
+  auto sizes = x.sizes().vec();
+  sizes.back() = lora_B.size(0);
+  check_shape(name, "grad_y", grad_y, sizes);
+  check_device(name, "grad_y", grad_y, "packed", packed);
+  if (y) check_shape(name, "y", *y, sizes);
+  TORCH_CHECK_VALUE(!want_b || bias, name, ": mask: asks for the gradient of a bias that is None");
+
+  const Tensor tokens = as_tokens(x), grad = as_tokens(grad_y.to(to));
+  const int64_t wanted = (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) |
+                         (want_b ? kWantBias : 0);
+  auto [G, P, grad_B, grad_m, grad_b] = adapter_backward_op(grad, want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt,
+                                                            h, lora_B, norm, gain, bias, scaling, wanted);
+  if (want_m) {
+    recover.call(grad_m, grad, tokens, h, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
+                 nested_blocksize, lora_B, norm, gain, scaling);
+  }
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  Tensor grad_x = none();
+  if (want_x) {
+    const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
+                            nested_blocksize, to, gain.to(at::kFloat));
+    grad_x = backward_product(grad, W, false, P, lora_A.to(to)).view(x.sizes());
+  }
+  return {grad_x,
+          want_A ? grad_of_A(lora_A, P, tokens) : none(),
+          want_B ? grad_B : none(),
+          want_m ? grad_m.to(magnitude.scalar_type()) : none(),
+          want_b ? grad_b.to(bias->scalar_type()) : none(),
+          none()};
+}
+
+Nf4Gradients linear_nf4_backward(const Tensor& grad_y, const OptionalTensor& y, const Tensor& x, const Tensor& h,
+                                 const Tensor& packed, const Tensor& absmax, int64_t blocksize,
+                                 c10::SymIntArrayRef shape, at::ScalarType dtype, const OptionalTensor& nested_absmax,
+                                 const OptionalTensor& nested_code, const OptionalTensor& offset,
+                                 int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B,
+                                 const Tensor& magnitude, const OptionalTensor& bias, const Tensor& norm,
+                                 const Tensor& gain, double scaling, int64_t mask) {
   static auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double, bool, int64_t)>(
       "dora_ext::linear_backward");
   InsideOp guard;
+  if (gain_goes_into_weight(x, y, dtype, mask)) {
+    return backward_with_gain_in_weight(grad_y, y, x, h, packed, absmax, blocksize, shape, dtype, nested_absmax,
+                                        nested_code, offset, nested_blocksize, lora_A, lora_B, magnitude, bias, norm,
+                                        gain, scaling, mask);
+  }
   const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
                           x.scalar_type());
   const auto [dx, dA, dB, dm, db] =

@@ -81,6 +81,12 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def(
       "magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
       " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
+  // The same over a W (out, in) packed in NF4, in x's dtype, of which only the rows in question are unpacked. CUDA
+  // only.
+  m.def(
+      "magnitude_grad_recover_nf4_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor packed,"
+      " Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype, Tensor? nested_absmax, Tensor? nested_code,"
+      " Tensor? offset, int nested_blocksize, Tensor lora_B, Tensor norm, Tensor gain, float scaling) -> ()");
 
   // Which products layers run on, of library and hopper_product: auto, library, or hopper wherever it fits. For tests
   // and measurements; returns what it was.
@@ -114,11 +120,12 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def("quantize_nf4(Tensor x, int blocksize=64) -> (Tensor packed, Tensor absmax)");
   // Nested: absmax is uint8 codes into nested_code fp32 (256,), times nested_absmax fp32 (one per nested_blocksize
   // of them, a power of two), plus offset, one fp32 number. All in one launch. offset is a tensor, as bitsandbytes has
-  // it: reading it back would wait for the device, and a number would be frozen into compiled graphs.
+  // it: reading it back would wait for the device, and a number would be frozen into compiled graphs. row_gain fp32
+  // (shape[0],): each row, already rounded to `dtype`, times it, rounded once more.
   m.def(
       "dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
-      " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256)"
-      " -> Tensor");
+      " Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, int nested_blocksize=256,"
+      " Tensor? row_gain=None) -> Tensor");
   // norm of a W (out, in) that is packed in NF4: of the values that dequantize_nf4 gives in `dtype`, without unpacking
   // more than a few rows at a time. A and B are not rounded to `dtype`; n and g are fp32.
   m.def(
@@ -155,9 +162,8 @@ TORCH_LIBRARY(dora_ext, m) {
 // Gradients are made outside the ops, by torch.autograd.Function in Python; n and g have none (DoRA, section 4.3). Said
 // here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
 TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
-  for (const char* op :
-       {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_backward", "linear_nf4_forward",
-        "linear_nf4_backward", "embedding_forward", "embedding_backward"}) {
+  for (const char* op : {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_backward",
+                         "linear_nf4_forward", "linear_nf4_backward", "embedding_forward", "embedding_backward"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

@@ -35,6 +35,7 @@ KERNEL_TESTS = [
     "test_norm_nf4",
     "test_norm_nf4_kernels",
     "test_compose",
+    "test_recover",
     "test_linear_op",
     "test_layer_products",
     "test_embedding_op",

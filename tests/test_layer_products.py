@@ -46,3 +46,14 @@ def test_factors_that_start_anywhere(device, choose, transposed):
     expected_y, expected = case.reference()
     assert_close(y, expected_y, TOLERANCE[torch.bfloat16], "y")
     case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("r", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_more_tokens_than_features(device, dtype, r):
+    """On CUDA the gradient of x then comes from the folded weight, g (W + s B A)."""
+    case = Case(1000, 264, 136, r, device, dtype, param_dtype=torch.float32)
+    y, h, norm, gain = case.forward()
+    _, expected = case.reference()
+    case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])
+    case.check(case.backward(y, h, norm, gain, mask=1), expected, TOLERANCE[dtype], mask=1)

@@ -78,6 +78,26 @@ def test_zero_rows_and_zero_magnitudes():
         assert_close(ours[name], expected[name], 1e-5, name)
 
 
+@pytest.mark.parametrize("own", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_with_small_gains_and_parts_of_the_gradients(device, dtype, own):
+    """On CUDA g is multiplied into W where W is unpacked, and where the output has lost u it comes from packed rows."""
+    q, t = problem(128, 264, 16, 40, dtype=dtype, own=own, device=device)
+    with torch.no_grad():
+        t["magnitude"][7:9] = 0
+        t["magnitude"][20] = 1e-4
+    expected = truth(q, t, 1.5, dtype)
+    tolerance = max(TOLERANCE[dtype], norm_tolerance(device, own))
+    y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    for name, value in gradients(y, t).items():
+        assert_close(value, expected[name], tolerance, name)
+    for name in NAMES:
+        t = {n: v.detach().requires_grad_(n == name) for n, v in t.items()}
+        y = dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+        assert_close(torch.autograd.grad(y, t[name], grad_y)[0], expected[name], tolerance, f"{name} alone")
+
+
 def test_rest_goes_through_the_base_alone(device):
     q, t = problem(device=device)
     rest = torch.randn_like(t["x"]).requires_grad_()

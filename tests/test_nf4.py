@@ -65,6 +65,28 @@ def test_any_memory_layout(device):
         assert same_bits(dequantize_nf4(moved), dequantize_nf4(expected))
 
 
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_times_a_gain(device, dtype, double_quant):
+    """What dequantize_nf4 gives, times a number for each row, rounded once more."""
+    for shape in [(7,), (3, 128), (97, 131), (6, 3, 5), (130, 264), (40, 4096 + 8)]:
+        q = quantize_nf4(weights("usual", shape, dtype, device), 64, double_quant)
+        gain = torch.randn(shape[0], device=device)
+        rows = gain.view(-1, *[1] * (len(shape) - 1))
+        expected = (dequantize_nf4(q).float() * rows).to(dtype)
+        assert same_bits(torch.ops.dora_ext.dequantize_nf4(*q.operands(), gain), expected), shape
+
+
+def test_gain_of_rows_that_does_not_fit():
+    q = quantize_nf4(torch.randn(4, 8))
+    for gain, error, message in [
+        (torch.ones(5), ValueError, "row_gain: expected"),
+        (torch.ones(4, dtype=torch.float64), TypeError, "row_gain: expected float32"),
+    ]:
+        with pytest.raises(error, match=message):
+            torch.ops.dora_ext.dequantize_nf4(*q.operands(), gain)
+
+
 def test_no_gradient_and_another_device(device):
     q = quantize_nf4(torch.randn(8, 8, requires_grad=True), double_quant=True).to(device)
     out = dequantize_nf4(q)
@@ -95,7 +117,8 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(ops.quantize_absmax.default, (plain.absmax, DYNAMIC_MAP.to(device), 256))
     torch.library.opcheck(ops.dequantize_nf4.default, (plain.packed, plain.absmax, 32, [9, 33], dtype))
     nested = (q.nested_absmax, q.nested_code, q.offset, q.nested_blocksize)
-    torch.library.opcheck(ops.dequantize_nf4.default, (q.packed, q.absmax, 32, [9, 33], dtype, *nested))
+    for gain in ((), (torch.randn(9, device=device),)):
+        torch.library.opcheck(ops.dequantize_nf4.default, (q.packed, q.absmax, 32, [9, 33], dtype, *nested, *gain))
 
 
 @pytest.mark.cuda

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -119,8 +120,9 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& c
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
                       at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
-                      const OptionalTensor& offset, int64_t nested_blocksize) {
-  check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
+                      const OptionalTensor& offset, int64_t nested_blocksize, const OptionalTensor& row_gain) {
+  check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+                       row_gain);
   const Nf4Weight weight(packed, absmax, blocksize, nested_absmax, nested_code, offset, nested_blocksize);
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const int64_t numel = out.numel();
@@ -132,6 +134,10 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocks
       weight.unpack<T>(start, std::min(blocksize, numel - start), to + start);
     });
   });
+  if (row_gain && numel > 0) {
+    const Tensor rows = out.view({shape[0], numel / shape[0]});
+    at::mul_out(const_cast<Tensor&>(rows), rows, row_gain->view({-1, 1}));
+  }
   return out;
 }
 

@@ -1,5 +1,4 @@
-// compose, compose_, compose_backward and magnitude_grad_recover_ on CUDA. The kernels and how one is chosen:
-// compose.cuh.
+// compose, compose_ and compose_backward on CUDA. The kernels and how one is chosen: compose.cuh.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -7,7 +6,6 @@
 #include "../check.h"
 #include "compose.cuh"
 #include "compose_backward.cuh"
-#include "compose_recover.cuh"
 #include "launch.h"
 
 namespace dora_ext {
@@ -156,49 +154,12 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
           grad_bias.to(norm.scalar_type())};
 }
 
-void magnitude_grad_recover_cuda_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
-                                  const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                                  double scaling, bool transposed) {
-  check_magnitude_grad_recover(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed);
-  const c10::cuda::CUDAGuard guard(grad_y.device());
-  const auto dtype = weight.scalar_type(), accumulate = accumulate_type(dtype);
-  // The gradient and the weight are read by their strides: in nearly every call they are not read at all.
-  const Tensor d = grad_y.to(dtype), x_ = x.contiguous(), h_ = h.contiguous(), B = lora_B.contiguous();
-  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
-  switch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = accumulate_t<T>;
-    RecoverProblem<T> p{};
-    p.grad_magnitude = mutable_data<Acc>(grad_magnitude);
-    p.grad_magnitude_stride = grad_magnitude.stride(0);
-    p.grad = data<T>(d);
-    p.grad_token_stride = d.stride(0);
-    p.grad_feature_stride = d.stride(1);
-    p.x = data<T>(x_);
-    p.h = data<T>(h_);
-    p.weight = data<T>(weight);
-    p.weight_out_stride = weight.stride(transposed ? 1 : 0);
-    p.weight_in_stride = weight.stride(transposed ? 0 : 1);
-    p.lora_B = feature_vector(B);
-    p.norm = data<Acc>(n);
-    p.gain = data<Acc>(g);
-    p.tokens = d.size(0);
-    p.out = d.size(1);
-    p.in = x_.size(1);
-    p.rank = static_cast<int>(h_.size(1));
-    p.scaling = static_cast<Acc>(scaling);
-    launch_magnitude_grad_recover(p, multiprocessors(), current_stream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
   m.impl("compose", &compose_cuda);
   m.impl("compose_", &compose_cuda_);
   m.impl("compose_backward", &compose_backward_cuda);
-  m.impl("magnitude_grad_recover_", &magnitude_grad_recover_cuda_);
 }
 
 }  // namespace dora_ext

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <tuple>
 
@@ -48,15 +49,19 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& c
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, int64_t blocksize, at::IntArrayRef shape,
                       at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
-                      const OptionalTensor& offset, int64_t nested_blocksize) {
-  check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize);
+                      const OptionalTensor& offset, int64_t nested_blocksize, const OptionalTensor& row_gain) {
+  check_dequantize_nf4(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+                       row_gain);
   const c10::cuda::CUDAGuard guard(packed.device());
   const Nf4Operands weight(packed, absmax, nested_absmax, nested_code, offset, nested_blocksize);
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
+  const Tensor gain = row_gain ? row_gain->contiguous() : Tensor();
+  const int64_t rows = shape.empty() ? 1 : std::max<int64_t>(1, shape[0]);
+  const RowGain row_gain_{row_gain ? data<float>(gain) : nullptr, out.numel() / rows, out.numel() <= UINT32_MAX};
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, double>) {
-      launch_dequantize_nf4<T>(weight.bytes(), weight.scales, blocksize, out.numel(), mutable_data<T>(out),
+      launch_dequantize_nf4<T>(weight.bytes(), weight.scales, blocksize, out.numel(), mutable_data<T>(out), row_gain_,
                                current_stream());
     }
   });

@@ -29,6 +29,11 @@ def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transpo
     return None
 
 
+@fake("magnitude_grad_recover_nf4_")
+def _(grad_magnitude, *_):
+    return None
+
+
 def adapter_sums(
     grad_B_raw: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,8 @@ class _DoraLinearPacked(torch.autograd.Function):
     def forward(ctx, forward, backward, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, scaling, *stored):
         y, h, total = forward(x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling)
         needs = ctx.needs_input_grad
-        bits = ((_X, 2), (_A, 4), (_B, 5), (_MAGNITUDE, 6), (_BIAS, 7), (_REST, 3))
-        ctx.mask = sum(bit for bit, i in bits if needs[i])
+        ctx.mask = _X * needs[2] + _A * needs[4] + _B * needs[5] + _MAGNITUDE * needs[6] + _BIAS * needs[7]
+        ctx.mask += _REST * needs[3]
         ctx.backward_of, ctx.scaling = backward, scaling
         saved_y = y if needs[6] else None
         inputs = (x, h, lora_A, lora_B, magnitude, bias, norm, gain, *stored)
@@ -147,9 +147,11 @@ def dora_linear_nf4(
     layout = (weight.blocksize, weight.shape, weight.dtype, weight.nested_blocksize)
     run = partial(_forward_nf4, layout, dense), partial(_backward_nf4, layout)
     with without_autocast(x.device):
-        return _DoraLinearPacked.apply(
-            *run, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), *stored
-        )
+        operands = (lora_A, lora_B, magnitude, bias, norm, gain, float(scaling))
+        if not torch.is_grad_enabled():  # as in dora_linear
+            y, _, total = _forward_nf4(layout, dense, x, rest, stored, *operands)
+            return y if rest is None else total
+        return _DoraLinearPacked.apply(*run, x, rest, *operands, *stored)
 
 
 def _operands(layout: tuple, stored: tuple) -> tuple:

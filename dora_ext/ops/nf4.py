@@ -103,6 +103,7 @@ def _(
     nested_code=None,
     offset=None,
     nested_blocksize=NESTED_BLOCKSIZE,
+    row_gain=None,
 ):
     return packed.new_empty(shape, dtype=dtype)
 

@@ -75,22 +75,22 @@ def norm_and_gain_nf4(
     dense: dequantize_nf4(q), if it is at hand, for devices without a kernel.
     """
     require()
-    with torch.no_grad():
-        magnitude = magnitude.flatten()
-        if has_norm_nf4(q.packed.device):
+    # Not under no_grad, as in norm_and_gain.
+    magnitude = magnitude if magnitude.dim() == 1 else magnitude.flatten()
+    if has_norm_nf4(q.packed.device):
 
-            def compute(_: object, *state: Tensor | int) -> tuple[Tensor, Tensor]:
-                op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
-                return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
+        def compute(_: object, *state: Tensor | int) -> tuple[Tensor, Tensor]:
+            op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
+            return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
 
-        else:
-            dense = dequantize_nf4(q) if dense is None else dense
+    else:
+        dense = dequantize_nf4(q) if dense is None else dense
 
-            def compute(op, *state: Tensor | int) -> tuple[Tensor, Tensor]:
-                return op(dense, lora_A, lora_B, magnitude, scaling, False, *state)
+        def compute(op, *state: Tensor | int) -> tuple[Tensor, Tensor]:
+            return op(dense, lora_A, lora_B, magnitude, scaling, False, *state)
 
-        if cache is None or not cache.usable(q.packed):
-            return compute(torch.ops.dora_ext.norm.default)
-        scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
-        constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
-        return cache.get((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0], compute)
+    if cache is None or not cache.usable(q.packed):
+        return compute(torch.ops.dora_ext.norm.default)
+    scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
+    constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
+    return cache.get((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0], compute)

@@ -1,24 +1,55 @@
-// magnitude_grad_recover_: dm where the gain is so small that the output has lost u, from the products themselves. In
-// nearly every call no feature is concerned: a few blocks look at all norms and gains and return.
+// dm where the gain is so small that the output has lost u, from the products themselves. In nearly every call no
+// feature is concerned: a few blocks look at all norms and gains and return.
 #pragma once
 
 #include <algorithm>
 
 #include "compose_backward.cuh"
+#include "nf4.cuh"
 
 namespace dora_ext {
 
+// W (out, in) as it lies in memory. at(j, i): one number of it.
 template <typename T>
+struct StridedWeight {
+  const T* data;
+  int64_t out_stride, in_stride;
+
+  __device__ __forceinline__ accumulate_t<T> at(int64_t j, int64_t i) const {
+    return widen(data[j * out_stride + i * in_stride]);
+  }
+};
+
+// W packed in NF4, as dequantize_nf4 gives it in `dtype`, then in T.
+template <typename T>
+struct PackedWeight {
+  const uint8_t* packed;
+  Nf4Scales scales;
+  int block_shift;
+  int64_t in;
+  Dtype dtype;
+
+  __device__ __forceinline__ accumulate_t<T> at(int64_t j, int64_t i) const {
+    const int64_t index = j * in + i, block = index >> block_shift;
+    const float scale = scales.nested_absmax != nullptr ? scale_at<true>(scales, block, nested_offset<true>(scales))
+                                                        : scale_at<false>(scales, block, -0.f);
+    float v = multiply_ftz(kNf4Device.value[packed[index / 2] >> code_bit(static_cast<int>(index % 2)) & 15], scale);
+    if (dtype == Dtype::kHalf) v = widen(narrow<__half>(v));
+    if (dtype == Dtype::kBFloat16) v = widen(narrow<__nv_bfloat16>(v));
+    return widen(narrow<T>(v));
+  }
+};
+
+template <typename T, typename Weight>
 struct RecoverProblem {
   using Acc = accumulate_t<T>;
   Acc* grad_magnitude;  // (out,)
   int64_t grad_magnitude_stride;
   const T* grad;  // (tokens, out), strides:
   int64_t grad_token_stride, grad_feature_stride;
-  const T* x;       // (tokens, in)
-  const T* h;       // (tokens, rank)
-  const T* weight;  // (out, in), strides:
-  int64_t weight_out_stride, weight_in_stride;
+  const T* x;  // (tokens, in)
+  const T* h;  // (tokens, rank)
+  Weight weight;
   FeatureVector lora_B;  // (out, rank)
   const Acc* norm;       // (out,)
   const Acc* gain;       // (out,)
@@ -29,9 +60,9 @@ struct RecoverProblem {
 
 // Returns this thread's part of sum_t grad[t] * sum_i left[t, i] * right(i), left (tokens, width). Thread = (token
 // modulo 8, i modulo 32); right passes through shared memory in pieces, because W's column may be strided.
-template <typename T, typename Right, typename Acc = accumulate_t<T>>
-__device__ __forceinline__ Acc recover_sum(const RecoverProblem<T>& p, const T* grad, const T* left, int64_t width,
-                                           Right right, Acc* shared) {
+template <typename T, typename Weight, typename Right, typename Acc = accumulate_t<T>>
+__device__ __forceinline__ Acc recover_sum(const RecoverProblem<T, Weight>& p, const T* grad, const T* left,
+                                           int64_t width, Right right, Acc* shared) {
   constexpr int kPiece = 2048;
   const int lane = threadIdx.x % 32;
   Acc sum = 0;
@@ -52,8 +83,8 @@ __device__ __forceinline__ Acc recover_sum(const RecoverProblem<T>& p, const T* 
 }
 
 // Feature blockIdx.x + i * gridDim.x: neighbours, which tend to be flagged together, go to different blocks.
-template <typename T>
-__global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProblem<T> p) {
+template <typename T, typename Weight>
+__global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProblem<T, Weight> p) {
   using Acc = accumulate_t<T>;
   __shared__ Acc shared[2048];
   __shared__ Acc warp_sums[8];
@@ -67,9 +98,7 @@ __global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProb
   for (int64_t j = blockIdx.x; j < p.out; j += gridDim.x) {
     if (!flagged(j)) continue;
     const T* grad = p.grad + j * p.grad_feature_stride;
-    const T* w = p.weight + j * p.weight_out_stride;
-    Acc sum =
-        recover_sum(p, grad, p.x, p.in, [&](int64_t i) -> Acc { return widen(w[i * p.weight_in_stride]); }, shared);
+    Acc sum = recover_sum(p, grad, p.x, p.in, [&](int64_t i) -> Acc { return p.weight.at(j, i); }, shared);
     sum += p.scaling * recover_sum(
                            p, grad, p.h, p.rank,
                            [&](int64_t i) -> Acc { return p.lora_B.template at<Acc>(j * p.rank + i); }, shared);
@@ -86,11 +115,11 @@ __global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProb
   }
 }
 
-template <typename T>
-void launch_magnitude_grad_recover(const RecoverProblem<T>& p, int multiprocessors, cudaStream_t stream) {
+template <typename T, typename Weight>
+void launch_magnitude_grad_recover(const RecoverProblem<T, Weight>& p, int multiprocessors, cudaStream_t stream) {
   if (p.out == 0) return;
   const int64_t blocks = std::min<int64_t>(p.out, int64_t{multiprocessors} * 4);
-  magnitude_grad_recover_kernel<T><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
+  magnitude_grad_recover_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
 }
 
 }  // namespace dora_ext
