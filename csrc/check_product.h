@@ -54,4 +54,18 @@ inline const char* product_matrix_misfit(const Tensor& t) {
   return lies_on(t, 16) ? nullptr : "data on 16 bytes";
 }
 
+inline bool scale_rows_fits(const Tensor& weight) {
+  return is_half(weight.scalar_type()) && weight.dim() == 2 && weight.is_contiguous() && weight.size(1) % 8 == 0 &&
+         lies_on(weight, 16);
+}
+
+inline void check_scale_rows(const Tensor& weight, const Tensor& gain) {
+  const char* op = "dora_ext::scale_rows";
+  TORCH_CHECK_VALUE(scale_rows_fits(weight), op,
+                    ": weight: expected a contiguous matrix in bfloat16 or float16 on 16 bytes, with a multiple of 8 "
+                    "columns, got shape ",
+                    text(weight.sizes()), " and ", weight.scalar_type());
+  check_feature(op, "gain", gain, weight.size(0), weight);
+}
+
 }  // namespace dora_ext

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "aligned.h"
+#include "check_product.h"
 #include "inside_op.h"
 #include "product_choice.h"
 #include "products.h"
@@ -112,21 +113,16 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
   return grad_x;
 }
 
-// G takes tokens x out numbers written, the folded weight out x in read and as many written. Where adapter_backward is
-// not one pass (adapter_backward_cuda.cu), its sums need a G anyway.
-bool folded_product_pays(const Tensor& x, const Tensor& weight, int64_t rank) {
+// G takes tokens x out numbers written; g W out x in read, and as many written. Where adapter_backward is not one pass
+// (adapter_backward_cuda.cu), its sums need a G anyway.
+bool scaled_weight_pays(const Tensor& x, const Tensor& weight, int64_t rank) {
   return x.is_cuda() && is_half(x.scalar_type()) && rank <= 32 && rank % 8 == 0 && x.size(0) >= 2 * weight.size(1) &&
-         weight.is_contiguous() && chosen != Products::kHopper;
+         scale_rows_fits(weight);
 }
 
-Tensor folded_backward_product(const Tensor& grad, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                               const Tensor& gain, double scaling) {
-  // compose's channels are W's rows: g (W + s B A) is its g (base + s h B^T) of one image, A for h.
-  static auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                  double, bool, bool)>("dora_ext::compose");
-  const Tensor folded = op.call(weight.unsqueeze(0), lora_A.to(weight.scalar_type()).unsqueeze(0), lora_B, gain,
-                                std::nullopt, scaling, /*delta=*/false, /*channels_first=*/true);
-  return at::mm(grad, folded.squeeze(0));
+Tensor scaled_weight(const Tensor& weight, const Tensor& gain) {
+  static auto op = find_op<Tensor(const Tensor&, const Tensor&)>("dora_ext::scale_rows");
+  return op.call(weight, gain);
 }
 
 TORCH_LIBRARY_IMPL(dora_ext, CatchAll, m) {

@@ -15,10 +15,9 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
 // dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be.
 Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);
 
-// dX = dY [g (W + s B A)], with that matrix rounded once like G, for many tokens: it is smaller than G then, and the
-// product has no second part. W (out, in).
-bool folded_product_pays(const Tensor& x, const Tensor& weight, int64_t rank);
-Tensor folded_backward_product(const Tensor& grad, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                               const Tensor& gain, double scaling);
+// dX = [dY | P] [g W ; A] in place of [G | P] [W ; A], on CUDA, where g W takes less memory to make than G. W (out,
+// in).
+bool scaled_weight_pays(const Tensor& x, const Tensor& weight, int64_t rank);
+Tensor scaled_weight(const Tensor& weight, const Tensor& gain);
 
 }  // namespace dora_ext

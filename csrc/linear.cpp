@@ -96,11 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   const Tensor n = norm.to(accumulate_type(dtype));               // NF4's are fp32, also where x is fp64
   const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
   Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
-  const bool folded = want_x && !transposed && (y || !want_m) && folded_product_pays(tokens, weight, lora_A.size(0));
+  const bool scaled = want_x && !transposed && (y || !want_m) && scaled_weight_pays(tokens, weight, lora_A.size(0));
 
   if (y || !want_m) {
-    const int64_t wanted = (want_x && !folded ? kWantG : 0) | ((want_x && !folded) || want_A ? kWantP : 0) |
-                           (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
+    const int64_t wanted = (want_x && !scaled ? kWantG : 0) | (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) |
+                           (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
     const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
     std::tie(G, P, grad_B, grad_m, grad_b) =
         adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted);
@@ -115,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
-  if (folded) {
-    grad_x = folded_backward_product(grad, weight, lora_A, lora_B, gain, scaling).view(x.sizes());
-  } else if (want_x) {
-    grad_x = backward_product(std::move(G), weight, transposed, P, lora_A.to(dtype)).view(x.sizes());
+  if (want_x) {
+    grad_x = backward_product(scaled ? grad : std::move(G), scaled ? scaled_weight(weight, gain) : weight, transposed,
+                              P, lora_A.to(dtype))
+                 .view(x.sizes());
   }
   if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),

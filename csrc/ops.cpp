@@ -88,6 +88,10 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype, Tensor? nested_absmax, Tensor? nested_code,"
       " Tensor? offset, int nested_blocksize, Tensor lora_B, Tensor norm, Tensor gain, float scaling) -> ()");
 
+  // weight (out, in), each row times its gain (out,), rounded once. bfloat16 or float16, contiguous, rows of a multiple
+  // of 16 bytes that start on 16 bytes. CUDA only.
+  m.def("scale_rows(Tensor weight, Tensor gain) -> Tensor");
+
   // Which products layers run on, of library and hopper_product: auto, library, or hopper wherever it fits. For tests
   // and measurements; returns what it was.
   m.def("choose_products(str which) -> str");

@@ -57,8 +57,10 @@ def seeds():
 
 @pytest.fixture(autouse=True)
 def full_float32(monkeypatch):
-    """cuDNN rounds float32 to TF32 unless told otherwise; that is its user's choice, not an error of ours."""
+    """cuDNN rounds float32 to TF32 unless told otherwise, and accelerate has all products rounded from its first
+    torch.compile on: that is its user's choice, not an error of ours."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

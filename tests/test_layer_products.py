@@ -51,9 +51,22 @@ def test_factors_that_start_anywhere(device, choose, transposed):
 @pytest.mark.parametrize("r", [8, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_more_tokens_than_features(device, dtype, r):
-    """On CUDA the gradient of x then comes from the folded weight, g (W + s B A)."""
+    """On CUDA the gradient of x then comes from g W, and G is not made."""
     case = Case(1000, 264, 136, r, device, dtype, param_dtype=torch.float32)
     y, h, norm, gain = case.forward()
     _, expected = case.reference()
     case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])
     case.check(case.backward(y, h, norm, gain, mask=1), expected, TOLERANCE[dtype], mask=1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scale_rows(dtype):
+    for shape in [(3, 8), (130, 264), (2000, 1032), (0, 8), (4, 0)]:
+        weight, gain = torch.randn(shape, device="cuda").to(dtype), torch.randn(shape[0], device="cuda")
+        scaled = torch.ops.dora_ext.scale_rows(weight, gain)
+        assert torch.equal(scaled, (weight.float() * gain[:, None]).to(dtype)), shape
+    torch.library.opcheck(torch.ops.dora_ext.scale_rows.default, (weight, gain))
+    for wrong in (weight.float(), torch.ones(4, 9, device="cuda", dtype=dtype), weight.new_ones(8, 4).t()):
+        with pytest.raises(ValueError, match="weight: expected a contiguous matrix"):
+            torch.ops.dora_ext.scale_rows(wrong, gain)

@@ -5,7 +5,7 @@
 //                    fp32, fp64   compose_fma.cuh
 //   channels first   every dtype  compose_fma.cuh
 //   backward         compose_backward.cuh
-//   dm of features whose gain is too small to find u again from the output: compose_recover.cuh
+//   dm of features whose gain is too small to find u again from the output: recover.cuh
 #pragma once
 
 #include "compose_fma.cuh"

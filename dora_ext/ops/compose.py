@@ -29,6 +29,11 @@ def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transpo
     return None
 
 
+@fake("scale_rows")
+def _(weight, gain):
+    return torch.empty_like(weight)
+
+
 @fake("magnitude_grad_recover_nf4_")
 def _(grad_magnitude, *_):
     return None
