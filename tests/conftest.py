@@ -60,7 +60,10 @@ def full_float32(monkeypatch):
     """cuDNN rounds float32 to TF32 unless told otherwise, and accelerate has all products rounded from its first
     torch.compile on: that is its user's choice, not an error of ours."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
