@@ -32,7 +32,7 @@ class Rank:
 class Ranks:
     """`world` processes on "cpu" (gloo) or "cuda" (NCCL, a GPU each); `timeout` in seconds is the process group's."""
 
-    def __init__(self, world: int, device: str, folder: Path, timeout: float = 30) -> None:
+    def __init__(self, world: int, device: str, folder: Path, timeout: float = 60) -> None:
         self.world, self.device, self.folder, self.timeout = world, device, folder, timeout
         self._processes: list = []
         self._pipes: list = []
