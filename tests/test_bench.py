@@ -27,10 +27,11 @@ ROOT = Path(__file__).parents[1]
 SMALL = shapes.LinearShape(8, 16, 24, 2)
 
 
-def test_readme_tables_are_those_of_the_results():
-    page = (ROOT / "README.md").read_text()
-    assert tables.MARKERS.search(page), "README.md has no table markers"
-    assert tables.render(page) == page, "run: python -m bench.tables --write README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/several_gpus.md"])
+def test_tables_are_those_of_the_results(name):
+    page = (ROOT / name).read_text()
+    assert tables.MARKERS.search(page), f"{name} has no table markers"
+    assert tables.render(page) == page, f"run: python -m bench.tables --write {name}"
 
 
 def test_committed_results_are_complete():
