@@ -262,6 +262,7 @@ void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t 
 }
 
 #include "narrow_loops.h"
+#include "nf4_loops.h"
 
 template <typename T>
 Kernels<T> table() {
@@ -275,7 +276,9 @@ Kernels<T> table() {
           compose<T, false>,
           compose<T, true>,
           backward_by_column<T>,
-          backward_by_row<T>};
+          backward_by_row<T>,
+          unpack_nf4_or_null<T, T>(),
+          unpack_nf4_or_null<T, acc_type<T>>()};
 }
 
 }  // namespace INSTRUCTION_SET

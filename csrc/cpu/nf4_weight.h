@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../check.h"
 #include "../nf4.h"
+#include "kernels.h"
 
 namespace dora_ext {
 
@@ -18,6 +20,11 @@ void switch_float(at::ScalarType t, const F& f) {
   if (t == at::kHalf) return f(at::Half{});
   f(at::BFloat16{});
 }
+
+// T as the loops know it.
+template <typename T>
+using StoredAs = std::conditional_t<std::is_same_v<T, float>, float,
+                                    std::conditional_t<std::is_same_v<T, at::Half>, cpu::Float16, cpu::BFloat16>>;
 
 class Nf4Weight {
  public:
@@ -33,22 +40,24 @@ class Nf4Weight {
         scales_{absmax_.const_data_ptr(), pointer(nested_), pointer(code_), pointer(offset_),
                 shift_of(nested_blocksize)} {}
 
-  // Weights begin ... begin + count of the flattened tensor, rounded to T. A block has only 16 different weights: they
-  // are scaled and rounded once, the rest is looking up.
+  // Weights begin ... begin + count of the flattened tensor, rounded to T; Out: T or float.
   template <typename T, typename Out>
   void unpack(int64_t begin, int64_t count, Out* out) const {
+    const auto& loops = cpu::kernels<StoredAs<T>>();
     for (const int64_t end = begin + count; begin < end;) {
       const int64_t block = begin / blocksize_, stop = std::min(end, (block + 1) * blocksize_);
       const float scale = scale_of(block);
-      Out weight[16];
-      for (int i = 0; i < 16; ++i) weight[i] = static_cast<Out>(static_cast<T>(kNf4.value[i] * scale));
-      if (begin % 2) *out++ = weight[bytes_[begin++ / 2] & 15];
-      for (; begin + 2 <= stop; begin += 2) {
-        const uint8_t pair = bytes_[begin / 2];
-        *out++ = weight[pair >> 4];
-        *out++ = weight[pair & 15];
+      const auto one = [&](int code) { return static_cast<Out>(static_cast<T>(kNf4.value[code] * scale)); };
+      if (begin % 2) *out++ = one(bytes_[begin++ / 2] & 15);
+      const int64_t pairs = (stop - begin) / 2 * 2;
+      if constexpr (std::is_same_v<Out, T>) {
+        loops.unpack_nf4(reinterpret_cast<StoredAs<T>*>(out), bytes_ + begin / 2, pairs, kNf4.value, scale);
+      } else {
+        loops.unpack_nf4_wide(out, bytes_ + begin / 2, pairs, kNf4.value, scale);
       }
-      if (begin < stop) *out++ = weight[bytes_[begin++ / 2] >> 4];
+      out += pairs;
+      begin += pairs;
+      if (begin < stop) *out++ = one(bytes_[begin++ / 2] >> 4);
     }
   }
 
