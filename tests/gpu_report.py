@@ -52,7 +52,7 @@ SECONDS_PER_TOOL = 480
 # racecheck itself breaks off ("failed to handle a hardware exception") where the library's half-precision products run
 # on Hopper. The kernels around them have tests of their own. It knows no wgmma either.
 RACECHECK_ONLY = (
-    "not test_product and not test_layer_products and not composed"
+    " and not test_product and not test_layer_products and not composed"
     " and (not (test_linear_op or test_embedding_op) or float32 or float64)"
 )
 # torch sums the float64 reference of a vocabulary in a way that initcheck reports, at length, again and again.
@@ -135,7 +135,9 @@ def run_sanitizer(sanitizer: str, tool: str, work: Path) -> dict:
     xml, log, start = work / f"{tool}.xml", work / f"{tool}.log", time.monotonic()
     # Initialisation is seen only where the writer is instrumented too, and inputs are written by torch's kernels.
     ours = [] if tool == "initcheck" else kernel_filter(sanitizer)
-    chosen = NOT_UNDER_A_SANITIZER + {"racecheck": f" and ({RACECHECK_ONLY})", "initcheck": INITCHECK_ONLY}.get(tool, "")
+    chosen = NOT_UNDER_A_SANITIZER + {"racecheck": f" and ({RACECHECK_ONLY})", "initcheck": INITCHECK_ONLY}.get(
+        tool, ""
+    )
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", chosen, f"--sample={CASES_PER_TEST[tool]}"]
     command = [
         sanitizer,
