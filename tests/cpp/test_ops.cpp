@@ -67,9 +67,9 @@ void check_nf4() {
       op<std::tuple<Tensor, Tensor>(const Tensor&, int64_t)>("dora_ext::quantize_nf4").call(x, 64);
   using Optional = const std::optional<Tensor>&;
   const Tensor back = op<Tensor(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, Optional,
-                                Optional, Optional, int64_t)>("dora_ext::dequantize_nf4")
+                                Optional, Optional, int64_t, Optional)>("dora_ext::dequantize_nf4")
                           .call(packed, absmax, 64, c10::fromIntArrayRefSlow(x.sizes()), at::kFloat, std::nullopt,
-                                std::nullopt, std::nullopt, 256);
+                                std::nullopt, std::nullopt, 256, std::nullopt);
   check_close("nf4 absmax", absmax, x.abs().amax(1).to(at::kDouble), 0.0);
   // Half the widest gap of the codebook, 0.1520, bounds each weight; over normal weights about 0.095 is usual.
   check_close("nf4 there and back", back, x.to(at::kDouble), 0.12);
