@@ -1,6 +1,8 @@
 """NF4 against bitsandbytes itself, where it is installed; reading its layers and states."""
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +131,44 @@ def test_reads_a_state_without_bitsandbytes(device, double_quant):
     for packed in (q.packed[:, None], q.packed[:, None].t(), q.packed.view(torch.float16)[:, None]):
         read = from_bitsandbytes(packed, state_of(q))
         assert same_bits(dequantize_nf4(read), dequantize_nf4(q))
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float16], ids=str)
+def test_sees_every_change_of_a_state_it_has_read_before(device, storage, double_quant):
+    q, other = (quantize_nf4(torch.randn(8, 40, device=device), 32, double_quant) for _ in range(2))
+    weight = torch.nn.Parameter(q.packed.clone().view(storage)[:, None], requires_grad=False)
+    state = state_of(q)
+
+    def expect(values):
+        for _ in range(2):
+            assert same_bits(dequantize_nf4(from_bitsandbytes(weight, state)), values)
+
+    expect(dequantize_nf4(q))
+    assert from_bitsandbytes(weight, state).absmax is from_bitsandbytes(weight, state).absmax  # not looked at anew
+    weight.data = other.packed.clone().view(storage)[:, None]
+    expect(dequantize_nf4(q._replace(packed=other.packed)))
+    weight.data.copy_(q.packed.view(storage)[:, None])
+    expect(dequantize_nf4(q))
+    state.absmax = other.absmax
+    expect(dequantize_nf4(q._replace(absmax=other.absmax)))
+    state.absmax.copy_(q.absmax)
+    expect(dequantize_nf4(q))
+    state.dtype = torch.float16
+    expect(dequantize_nf4(q, torch.float16))
+    state.code[3] += 1e-6
+    with pytest.raises(ValueError, match="not the table of NF4"):
+        from_bitsandbytes(weight, state)
+
+
+def test_remembers_no_weight_that_is_gone():
+    q = quantize_nf4(torch.randn(8, 40))
+    weight = torch.nn.Parameter(q.packed[:, None], requires_grad=False)
+    from_bitsandbytes(weight, state_of(q))
+    alive = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert alive() is None
 
 
 def test_refuses_corrupt_and_foreign_states(device):
