@@ -152,8 +152,7 @@ class DoraBase(nn.Module):
 
     def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """n and g (out,) of W, A, B, m, as the forward has them at hand."""
-        weight, lora_A, lora_B, magnitude = tensors
-        if is_sharded(weight) or is_sharded(lora_A) or is_sharded(lora_B) or is_sharded(magnitude):
+        if any(map(is_sharded, tensors)):
             raise RuntimeError(
                 f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, "
                 "not on its base_layer alone, whose forward it never calls"

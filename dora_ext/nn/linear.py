@@ -157,7 +157,7 @@ class DoraLinear(DoraBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if self._buffers["merged_weight"] is not None:
+        if self.merged:
             weight, bias = self.merged_weight, self.bias
             if self.quantised:
                 bias = None if bias is None else bias.to(weight.dtype)

@@ -87,10 +87,10 @@ class _Reading:
     """What a weight was read from. A forward reads it anew, and would find the same objects in the same places each
     time: then the answer is the same too, and looking is done in a fifth of the time."""
 
-    __slots__ = ("objects", "place")
+    __slots__ = ("others", "place", "scales")
 
-    def __init__(self, objects: tuple, place: tuple) -> None:
-        self.objects, self.place = objects, place
+    def __init__(self, scales: tuple, others: tuple, place: tuple) -> None:
+        self.scales, self.others, self.place = scales, others, place
 
     @classmethod
     def of(cls, weight: Tensor, state: Any) -> "_Reading | None":
@@ -98,22 +98,22 @@ class _Reading:
         inner, code = getattr(state, "state2", None), getattr(state, "code", None)
         if getattr(state, "packing_format_for_cpu", False) or not isinstance(code, Tensor):
             return None
-        objects = (
-            state, state.quant_type, state.shape, state.dtype, state.blocksize, state.absmax, code, inner,
-            getattr(state, "nested", None), getattr(state, "offset", None), getattr(inner, "absmax", None),
-            getattr(inner, "code", None), getattr(inner, "blocksize", None),
+        absmax, offset = state.absmax, getattr(state, "offset", None)
+        scales = (absmax, getattr(inner, "absmax", None), getattr(inner, "code", None), offset)
+        others = (
+            state, state.quant_type, state.shape, state.dtype, state.blocksize, code, inner,
+            getattr(state, "nested", None), getattr(inner, "blocksize", None),
         )  # fmt: skip
-        return cls(objects, (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, code._version))
+        return cls(scales, others, (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, code._version))
 
     def same_as(self, other: "_Reading") -> bool:
-        return self.place == other.place and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+        mine, theirs = (*self.scales, *self.others), (*other.scales, *other.others)
+        return self.place == other.place and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def shares_memory_with(self, q: NF4Tensor) -> bool:
         """q has copied nothing: what is written into the weight or its state later shows in it."""
-        absmax, offset, nested_absmax, nested_code = (self.objects[i] for i in (5, 9, 10, 11))
-        pairs = [(q.absmax, absmax)]
-        if q.nested:
-            pairs += [(q.offset, offset), (q.nested_absmax, nested_absmax), (q.nested_code, nested_code)]
+        read = (q.absmax, q.nested_absmax, q.nested_code, q.offset)
+        pairs = [(a, b) for a, b in zip(read, self.scales, strict=True) if a is not None]
         return q.packed.data_ptr() == self.place[0] and all(a.data_ptr() == b.data_ptr() for a, b in pairs)
 
 

@@ -179,6 +179,7 @@ def path_of(layer: nn.Module) -> Path:
 def _quantised_readable(base: nn.Module, weight: Tensor, kind: int) -> bool:
     if kind == FOUR_BIT:
         # FSDP2 puts a plain parameter in the place of a Params4bit; the layer still holds the state.
-        holder = base if type(weight) is nn.Parameter else weight
-        return getattr(holder, "quant_state", None) is not None
+        if type(weight) is nn.Parameter:
+            return getattr(base, "quant_state", None) is not None
+        return type(weight).__name__ == "Params4bit" and getattr(weight, "quant_state", None) is not None
     return type(weight).__name__ == "Int8Params" and not base.state.has_fp16_weights and weight.dtype == torch.int8
