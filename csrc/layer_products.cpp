@@ -2,7 +2,6 @@
 
 #include <ATen/ScalarOps.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -86,12 +85,12 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
   Tensor y;
   OptionalTensor rest = bias;
   if (bias && x.is_cpu()) {
-    // With the bias inside the product, as the base layer has it, an adapter that does nothing yet changes not a bit:
-    // g (x W^T + bias) + (1 - g) bias. On CUDA the other order is one launch less.
-    y = at::linear(x, transposed ? weight.t() : weight, bias->to(dtype));
+    // With the bias inside the product, as the base layer has it, an adapter that does nothing yet changes y by that
+    // product's own rounding at most: g (x W^T + bias) + (1 - g) bias. On CUDA the other order is one launch less.
+    y = cpu::multiply(x, transposed ? weight : weight.t(), bias->to(dtype));
     rest = bias->sub(gain.mul(*bias));
   } else {
-    y = at::mm(x, transposed ? weight : weight.t());
+    y = product(x, transposed ? weight : weight.t());
   }
   compose_op_(y, h, lora_B, gain, rest, scaling);
   return y;
@@ -106,7 +105,7 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
   // On the CPU the large product adds to what is there at no cost; on CUDA it depends, and mostly costs more. Cheaper
   // still is our own pass over the large one, which half precision would have to round once more.
   if (!has_cpu_loops(G)) return G.is_cpu() ? at::mm(P, A).addmm_(G, W) : at::mm(G, W).addmm_(P, A);
-  Tensor grad_x = at::mm(G, W);
+  Tensor grad_x = product(G, W);
   G.reset();
   compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
               std::nullopt, 1);

@@ -2,7 +2,6 @@
 // backends. Symbols as in ops.cpp; tokens are the leading dimensions of x, flattened.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_m) magnitude_grad_recover_op_(grad_m, grad, tokens, h, weight, lora_B, n, gain, scaling, transposed);
   } else {
     // u once more; E = dY^T h is the adapter's part of it.
-    const Tensor base = at::mm(tokens, transposed ? weight : weight.t());
+    const Tensor base = product(tokens, transposed ? weight : weight.t());
     std::tie(G, grad_m, grad_b) =
         compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false, /*want_G=*/true);
     const Tensor E = product_for(n, grad.t(), h);

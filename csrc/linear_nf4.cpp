@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -155,7 +154,7 @@ Nf4Gradients linear_nf4_backward(const Tensor& grad_y, const OptionalTensor& y, 
                           x.scalar_type());
   const auto [dx, dA, dB, dm, db] =
       op.call(grad_y, y, x, h, W, lora_A, lora_B, magnitude, bias, norm, gain, scaling, false, mask & 31);
-  const Tensor grad_rest = mask & 32 ? at::mm(as_rows(grad_y.to(W.scalar_type()), W.size(0)), W).view(x.sizes())
+  const Tensor grad_rest = mask & 32 ? product(as_rows(grad_y.to(W.scalar_type()), W.size(0)), W).view(x.sizes())
                                      : at::empty({0}, x.options());
   return {dx, dA, dB, dm, db, grad_rest};
 }

@@ -1,4 +1,5 @@
-// Products of a wide matrix and a narrow one, of a rank's width: our own loops on the CPU, else the library's.
+// Products of large matrices, the library's; and of a wide matrix and a narrow one, of a rank's width: our own loops on
+// the CPU, else the library's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,12 +8,18 @@
 
 #include "check.h"
 #include "cpu/narrow.h"
+#include "cpu/product.h"
 
 namespace dora_ext {
 
 // Where our own loops for narrow matrices beat the library.
 inline bool has_cpu_loops(const at::Tensor& t) {
   return t.is_cpu() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
+// left (rows, k) right (k, columns)
+inline at::Tensor product(const at::Tensor& left, const at::Tensor& right) {
+  return left.is_cpu() ? cpu::multiply(left, right) : at::mm(left, right);
 }
 
 // scaling * wide (tokens, features) narrow (features, r)

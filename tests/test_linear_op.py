@@ -89,6 +89,22 @@ def test_wider_parameters_get_gradients_in_their_own_dtype(device, dtype):
     case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_large_enough_for_our_own(transposed, bias):
+    """csrc/cpu/product_cpu.cpp, on the processors where it multiplies: edges of its tiles, two depths, any strides."""
+    case = Case(99, 301, 299, 16, "cpu", torch.float32, transposed=transposed, bias=bias)
+    strided = torch.randn(99, 2 * 301)
+    for x in (case.x, strided[:, 1:302], strided[:, ::2]):
+        case.x = x
+        y, h, norm, gain = case.forward()
+        expected_y, expected = case.reference()
+        assert_close(y, expected_y, TOLERANCE[torch.float32], "y")
+        case.x = x.contiguous()
+        for saved in (y, None):
+            case.check(case.backward(saved, h, norm, gain), expected, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("saved", [True, False], ids=["y", "no y"])
 @pytest.mark.parametrize("mask", range(32))
 def test_every_mask_gives_what_it_asks_for_and_empty_tensors_otherwise(device, mask, saved):
