@@ -107,6 +107,22 @@ def test_parts_measured_alone_keep_the_others_results(monkeypatch, tmp_path):
     assert gpu_report.measure(out, ["memcheck"])["pytest"] == {}
 
 
+def test_shares_of_a_tool_add_up(monkeypatch, tmp_path):
+    given = []
+
+    def run_share(_path, _tool, _work, name, tests):
+        given.extend(tests)
+        share = {"passed": 2, "failed": 1, "skipped": 0, "passed_cuda": 1, "errors": 3, "failures": [name]}
+        return share | ({"timed_out": True} if name == "initcheck1" else {})
+
+    monkeypatch.setattr(gpu_report, "run_share", run_share)
+    total, shares = gpu_report.run_sanitizer("", "initcheck", tmp_path), gpu_report.SHARES["initcheck"]
+    assert sorted(given) == sorted(gpu_report.KERNEL_TESTS)
+    assert (total["passed"], total["failed"], total["errors"]) == (2 * shares, shares, 3 * shares)
+    assert len(total["failures"]) == shares and total["timed_out"]
+    assert "timed_out" not in gpu_report.run_sanitizer("", "memcheck", tmp_path)
+
+
 def test_failures_have_names(tmp_path):
     xml = tmp_path / "suite.xml"
     xml.write_text(

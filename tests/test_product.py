@@ -126,6 +126,36 @@ def test_is_captured_and_replayed():
 
 
 @hopper
+def test_tiles_are_taken_by_whoever_is_free():
+    """Products of all sizes follow one another on two streams at once, and beside one that holds many multiprocessors
+    for long. The bits are those of a captured product, whose tiles are dealt out beforehand."""
+    cases = [Case(*shape, 16, factors=True) for shape in [(4100, 1032, 136), (300, 264, 72), (2048, 4096, 64)]]
+    expected = []
+    for case in cases:
+        case.product()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = case.product()
+        graph.replay()
+        expected.append(result.clone())
+    long = Case(256 * 12, 128, 32768, pad=0)
+    *streams, holding = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(holding):
+        held = long.product()
+    results = []
+    for _ in range(4):
+        for i, case in enumerate(cases):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append((i, case.product()))
+    torch.cuda.synchronize()
+    for i, result in results:
+        assert torch.equal(result, expected[i]), i
+    expect(held, long)
+
+
+@hopper
 def test_runs_on_the_current_stream():
     case = Case(512, 1024, 512, 16)
     stream = torch.cuda.Stream()

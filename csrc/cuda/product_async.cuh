@@ -60,6 +60,42 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   } while (ended == 0);
 }
 
+// Writes a number into the shared memory of block `rank` of the cluster and arrives at a barrier there; both addresses
+// are those of this block. Who has waited by barrier_wait_for_cluster reads the number.
+__device__ __forceinline__ void tell_number_at(uint32_t address, uint32_t number, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 number, remote;\n"
+      "mapa.shared::cluster.u32 number, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.shared::cluster.u32 [number], %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(address),
+      "r"(number), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n"
+        "}\n"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // A block alone is a cluster of one.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

@@ -8,6 +8,10 @@
 //
 // The blocks of a cluster have tiles above one another and share `right`: each fetches its part of the stage for all of
 // them. Blocks stay and take tile after tile; while the sums of one go out, the next one's stages are fetched.
+//
+// A cluster takes the next tile when it is free, so that clusters which start late, because another kernel (NCCL's,
+// say) holds their multiprocessors, leave theirs to the others. Or the tiles are dealt out beforehand: see
+// ProductProblem.
 #pragma once
 
 #include "product_async.cuh"
@@ -25,6 +29,9 @@ struct ProductProblem {
   const float* bias;               // (columns,), on 8 bytes, or null: 0
   int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
   int group;                       // of rows of tiles that are walked down before the next column of tiles
+  // Two zeros that are left as zeros: how many tiles were taken, and how many clusters have found none. No two products
+  // at once may share them. Null: of n clusters, each takes every n-th tile.
+  unsigned* counters;
 };
 
 // A cluster of two: a block alone was 1.5% faster at best (2048 x 4096 x 4096) and 9% slower at worst (1024 rows).
@@ -40,8 +47,12 @@ struct HopperTile {
   static constexpr int kBoxBytes = 64 * 64 * 2;
   static constexpr int kResultAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kResultAt + 4 * kBoxBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
+  // The numbers of the cluster's tiles, in turn, and the barriers that say they are there. The thread that fetches is
+  // at most kStages tiles ahead of those that multiply, so that nobody needs a number any more when it is overwritten.
+  static constexpr int kNumbers = 8, kNumbersAt = kBarriersAt + 2 * kStages * 8;
+  static constexpr int kSharedBytes = kNumbersAt + kNumbers * (8 + 4);
   static constexpr int kPartOfRight = kColumns / kCluster;  // the columns that a block fetches for all
+  static_assert(kStages + 1 < kNumbers, "see kNumbers");
   static_assert(kPartOfRight % 64 == 0 && kSharedBytes <= 227 * 1024, "see the TMA's boxes, and what a block can have");
 };
 
@@ -63,35 +74,55 @@ struct RingPlace {
 // what runs at once is nearly square and finds the operands in L2.
 template <typename Tile>
 struct TileWalk {
-  int rows_of_tiles, columns_of_tiles, group, next;
+  int rows_of_tiles, columns_of_tiles, group, number;
+  uint32_t numbers;         // where they are told, or 0: dealt out beforehand
+  int taken = 0;            // tiles, by this cluster
   int row = 0, column = 0;  // of the tile, in numbers
 
-  __device__ __forceinline__ explicit TileWalk(const ProductProblem& p)
+  __device__ __forceinline__ TileWalk(const ProductProblem& p, uint32_t shared)
       : rows_of_tiles((p.rows + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows)),
         columns_of_tiles((p.columns + Tile::kColumns - 1) / Tile::kColumns),
         group(p.group),
-        next(static_cast<int>(blockIdx.x) / Tile::kCluster) {}
+        number(static_cast<int>(blockIdx.x) / Tile::kCluster),
+        numbers(p.counters != nullptr ? shared + Tile::kNumbersAt : 0) {}
 
   __device__ __forceinline__ bool advance() {
-    if (next >= rows_of_tiles * columns_of_tiles) return false;
-    const int first = next / (group * columns_of_tiles) * group, within = next % (group * columns_of_tiles);
+    if (numbers != 0) {
+      const int slot = taken % Tile::kNumbers;
+      barrier_wait_for_cluster(numbers + slot * 8, taken / Tile::kNumbers % 2);
+      number = static_cast<int>(load_shared(numbers + Tile::kNumbers * 8 + slot * 4));
+    } else if (taken > 0) {
+      number += static_cast<int>(gridDim.x) / Tile::kCluster;
+    }
+    ++taken;
+    if (number >= rows_of_tiles * columns_of_tiles) return false;
+    const int first = number / (group * columns_of_tiles) * group, within = number % (group * columns_of_tiles);
     const int rows_here = min(group, rows_of_tiles - first);
     row = ((first + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
     column = within / rows_here * Tile::kColumns;
-    next += static_cast<int>(gridDim.x) / Tile::kCluster;
     return true;
+  }
+
+  // `next`: of the tile after those that were told.
+  __device__ __forceinline__ void tell(uint32_t next) const {
+    const int slot = taken % Tile::kNumbers;
+#pragma unroll
+    for (int rank = 0; rank < Tile::kCluster; ++rank) {
+      tell_number_at(numbers + Tile::kNumbers * 8 + slot * 4, next, numbers + slot * 8, rank);
+    }
   }
 };
 
 // One thread: asks for all stages of all tiles. The full ones of both parts come first, then the two rests, which the
-// other side multiplies in fewer steps.
+// other side multiplies in fewer steps. In the first block of a cluster it also takes the tiles: `next` is the first.
 template <typename Tile, bool RightTransposed>
 __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const ProductProblem& p, uint32_t shared,
-                                            uint32_t loaded, uint32_t freed) {
+                                            uint32_t loaded, uint32_t freed, uint32_t next) {
   constexpr uint16_t kEveryBlock = (1 << Tile::kCluster) - 1;
   const int part = static_cast<int>(cluster_rank()) * Tile::kPartOfRight;
   RingPlace<Tile::kStages> place;
-  TileWalk<Tile> tile(p);
+  TileWalk<Tile> tile(p, shared);
+  const bool takes = p.counters != nullptr && cluster_rank() == 0;
   const auto fetch = [&](const CUtensorMap* left, const CUtensorMap* right, int k) {
     const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
     barrier_wait(freed + place.stage * 8, place.parity ^ 1);
@@ -109,12 +140,19 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
     }
     place.advance();
   };
+  if (takes) tile.tell(next);
   while (tile.advance()) {
+    if (takes) next = atomicAdd(p.counters, 1);  // the answer comes while the stages are asked for
     const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
     for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
     for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
     if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
     if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
+    if (takes) tile.tell(next);
+  }
+  if (takes) {
+    __threadfence();
+    if (atomicAdd(p.counters + 1, 1) + 1 == gridDim.x / Tile::kCluster) p.counters[0] = p.counters[1] = 0;
   }
 }
 
@@ -180,7 +218,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
   const int rest_steps[2] = {(p.inner % Tile::kInner + 15) / 16, (p.tail % Tile::kInner + 15) / 16};
 
   RingPlace<Tile::kStages> place;
-  TileWalk<Tile> tile(p);
+  TileWalk<Tile> tile(p, shared);
   while (tile.advance()) {
     float sums[Tile::kColumns / 2];
     int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
@@ -241,8 +279,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       barrier_init(loaded + stage * 8, 1);
       barrier_init(freed + stage * 8, 8 * Tile::kCluster);
     }
+    for (int slot = 0; slot < Tile::kNumbers; ++slot) barrier_init(shared + Tile::kNumbersAt + slot * 8, 1);
     barrier_init_fence();
   }
+  uint32_t first = 0;
+  if (threadIdx.x == 256 && p.counters != nullptr && cluster_rank() == 0) first = atomicAdd(p.counters, 1);
   cluster_sync();
   // The same in all lanes, and known to be so.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
@@ -251,7 +292,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (threadIdx.x == 256) {
       prefetch_map(&maps.left);
       prefetch_map(&maps.right);
-      fetch_tiles<Tile, RightTransposed>(maps, p, shared, loaded, freed);
+      fetch_tiles<Tile, RightTransposed>(maps, p, shared, loaded, freed, first);
     }
   } else {
     take_registers<232>();
