@@ -198,9 +198,8 @@ inline void check_magnitude_grad_recover(const Tensor& grad_magnitude, const Ten
   const char* op = "dora_ext::magnitude_grad_recover_";
   check_float(op, "weight", weight);
   check_dim(op, "weight", weight, 2);
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() && h.scalar_type() == weight.scalar_type(), op,
-                   ": x and h: expected the dtype of weight, ", weight.scalar_type(), ", got ", x.scalar_type(),
-                   " and ", h.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": x: expected the dtype of weight, ",
+                   weight.scalar_type(), ", got ", x.scalar_type());
   const int64_t shape[2] = {weight.size(transposed ? 1 : 0), weight.size(transposed ? 0 : 1)};
   check_recover_operands(op, grad_magnitude, grad_y, x, h, shape, weight, lora_B, norm, gain, scaling);
 }

@@ -27,6 +27,21 @@ inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, 
   if (bias) check_feature(op, "bias", *bias, lora_B.size(0), weight);
 }
 
+// Of linear_backward, or of linear_nf4_backward with `weight` of W's shape and x's dtype.
+inline void check_linear_backward(const char* op, const Tensor& grad_y, const OptionalTensor& y, const Tensor& x,
+                                  const Tensor& h, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                  const Tensor& magnitude, const OptionalTensor& bias, double scaling, bool transposed,
+                                  bool want_b) {
+  check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
+  auto shape = x.sizes().vec();
+  shape.back() = lora_B.size(0);
+  check_shape(op, "grad_y", grad_y, shape);
+  check_device(op, "grad_y", grad_y, "x", x);
+  if (y) check_shape(op, "y", *y, shape);
+  TORCH_CHECK_VALUE(!want_b || bias, op, ": mask: asks for the gradient of a bias that is None");
+  check_shape(op, "h", h, {as_tokens(x).size(0), lora_A.size(0)});
+}
+
 inline void check_adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                    const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
                                    int64_t mask) {

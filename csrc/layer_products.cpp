@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "adapter_backward.h"
 #include "aligned.h"
 #include "check_product.h"
 #include "inside_op.h"
@@ -115,7 +116,7 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
 // G takes tokens x out numbers written; g W out x in read, and as many written. Where adapter_backward is not one pass
 // (adapter_backward_cuda.cu), its sums need a G anyway.
 bool scaled_weight_pays(const Tensor& x, const Tensor& weight, int64_t rank) {
-  return x.is_cuda() && is_half(x.scalar_type()) && rank <= 32 && rank % 8 == 0 && x.size(0) >= 2 * weight.size(1) &&
+  return x.is_cuda() && is_half(x.scalar_type()) && one_pass_rank(rank) && x.size(0) >= 2 * weight.size(1) &&
          scale_rows_fits(weight);
 }
 

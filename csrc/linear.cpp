@@ -79,27 +79,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     const Tensor& gain, double scaling, bool transposed, int64_t mask) {
   const char* op = "dora_ext::linear_backward";
   InsideOp guard;
-  check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
-  auto shape = x.sizes().vec();
-  shape.back() = lora_B.size(0);
-  check_shape(op, "grad_y", grad_y, shape);
-  check_device(op, "grad_y", grad_y, "weight", weight);
-  if (y) check_shape(op, "y", *y, shape);
   const bool want_x = mask & 1, want_A = mask & 2, want_B = mask & 4, want_m = mask & 8, want_b = mask & 16;
-  TORCH_CHECK_VALUE(!want_b || bias, op, ": mask: asks for the gradient of a bias that is None");
+  check_linear_backward(op, grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, scaling, transposed, want_b);
 
   const auto dtype = x.scalar_type();
   const Tensor tokens = as_tokens(x);
-  check_shape(op, "h", h, {tokens.size(0), lora_A.size(0)});
   const Tensor grad = as_tokens(grad_y.to(dtype));
   const Tensor n = norm.to(accumulate_type(dtype));               // NF4's are fp32, also where x is fp64
   const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
   Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
+  // At a large rank dB is what would raise the peak, beside G: it waits until G is gone.
+  const bool late_B = want_B && (y || !want_m) && x.is_cuda() && is_half(dtype) && !one_pass_rank(lora_A.size(0));
   const bool scaled = want_x && !transposed && (y || !want_m) && scaled_weight_pays(tokens, weight, lora_A.size(0));
 
   if (y || !want_m) {
-    const int64_t wanted = (want_x && !scaled ? kWantG : 0) | (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) |
-                           (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
+    const int64_t wanted = (want_x && !scaled ? kWantG : 0) | (want_x || want_A ? kWantP : 0) |
+                           (want_B && !late_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
     const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
     std::tie(G, P, grad_B, grad_m, grad_b) =
         adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted);
@@ -120,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
                  .view(x.sizes());
   }
   if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
+  if (late_B) grad_B = grad_of_B_from_output(lora_B, grad, gain, h, scaling);
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
           want_m ? grad_m.to(magnitude.scalar_type()) : none(), want_b ? grad_b.to(bias->scalar_type()) : none()};
 }

@@ -101,13 +101,8 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   const auto to = x.scalar_type();
   // Of W's shape, and without its memory: for the checks.
   const Tensor like = at::empty({1}, x.options()).expand_symint(shape);
-  check_linear(name, x, like, lora_A, lora_B, magnitude, bias, scaling, false);
-  auto sizes = x.sizes().vec();
-  sizes.back() = lora_B.size(0);
-  check_shape(name, "grad_y", grad_y, sizes);
-  check_device(name, "grad_y", grad_y, "packed", packed);
-  if (y) check_shape(name, "y", *y, sizes);
-  TORCH_CHECK_VALUE(!want_b || bias, name, ": mask: asks for the gradient of a bias that is None");
+  check_linear_backward(name, grad_y, y, x, h, like, lora_A, lora_B, magnitude, bias, scaling, false, want_b);
+  check_device(name, "packed", packed, "x", x);
 
   const Tensor tokens = as_tokens(x), grad = as_tokens(grad_y.to(to));
   const int64_t wanted = (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) |

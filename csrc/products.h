@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 
 #include "check.h"
 #include "cpu/narrow.h"
@@ -51,6 +52,13 @@ inline at::Tensor grad_of_B(const at::Tensor& lora_B, const at::Tensor& G, const
   at::Tensor grad_B = product_for(lora_B, G.t(), h);
   if (scaling != 1) grad_B.mul_(scaling);
   return grad_B;
+}
+
+// The same where G = gain dY is gone, in half precision on CUDA: dB = s gain (dY^T h).
+inline at::Tensor grad_of_B_from_output(const at::Tensor& lora_B, const at::Tensor& grad, const at::Tensor& gain,
+                                        const at::Tensor& h, double scaling) {
+  at::Tensor grad_B = at::empty(lora_B.sizes(), lora_B.options());
+  return at::mul_out(grad_B, at::mm(grad.t(), h, at::kFloat), gain.mul(scaling).unsqueeze(1));
 }
 
 }  // namespace dora_ext

@@ -18,7 +18,7 @@ bool one_pass_fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
   const int64_t rank = lora_B.size(1);
   const auto fits = [](const Tensor& t) { return t.is_contiguous() && lies_on(t, 16); };
   return is_half(dtype) && (wide == dtype || wide == at::kFloat) && grad.numel() > 0 && grad.size(1) % 8 == 0 &&
-         rank > 0 && rank <= 32 && rank % 8 == 0 && fits(grad) && (!y || fits(*y)) && fits(h) && capability() >= 80 &&
+         one_pass_rank(rank) && fits(grad) && (!y || fits(*y)) && fits(h) && capability() >= 80 &&
          shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
 }
 
