@@ -128,6 +128,27 @@ def test_an_input_overwritten_in_place_is_autograds_error():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("changed", ["norm", "gain"])
+def test_a_norm_or_gain_overwritten_in_place_is_an_error_too(changed):
+    t, _ = inputs((12,), 16, 24, 4, dtype=torch.float32)
+    adapter = {k: t[k] for k in ("weight", "lora_A", "lora_B", "magnitude")}
+    given = dict(zip(("norm", "gain"), norm_and_gain(**adapter, scaling=1.0), strict=True))
+    y = dora_linear(**t, scaling=1.0, **given)
+    given[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_are_of_the_magnitude_that_the_forward_had():
+    t, grad_y = inputs((12,), 16, 24, 4, dtype=torch.float32)
+    _, expected = run(lambda **k: dora_linear(**k, scaling=1.0), t, grad_y)
+    y = dora_linear(**t, scaling=1.0)
+    t["magnitude"].detach().mul_(2)
+    y.backward(grad_y)
+    for name in GRADIENTS:
+        assert torch.equal(t[name].grad, expected[name])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(device, reentrant):

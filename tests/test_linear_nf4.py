@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from nf4_cases import DTYPES, Dequantisations, norm_tolerance
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -191,10 +192,34 @@ def test_overwritten_results_and_weights():
         results.append(gradients(torch.nn.functional.relu(y, inplace=inplace), t))
     for name in NAMES:
         assert_close(results[1][name], results[0][name], 1e-5, name)
-    y = dora_linear_nf4(t["x"], q, *arguments, scaling=1.5)
-    q.packed.bitwise_xor_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    for change in (lambda: q.packed.bitwise_xor_(1), lambda: q.absmax.add_(1), lambda: t["lora_B"].detach().mul_(2)):
+        y = dora_linear_nf4(t["x"], q, *arguments, scaling=1.5)
+        change()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_saves_no_constants():
+    """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
+    q, t = problem()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    assert q.nested and len(saved) == len(["x", "h", "A", "B", "bias", "packed", "y"])
+
+
+def test_compiled_autograd():
+    """A forward that was not compiled, and a backward that is: the node's constants are not those of the first time."""
+    q, t = problem()
+    forward = lambda: dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)  # noqa: E731
+    for _ in range(2):
+        with torch.no_grad():
+            t["lora_B"].normal_()
+        expected = gradients(forward(), t)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            results = gradients(forward(), t)
+        for name in NAMES:
+            assert torch.equal(results[name], expected[name]), name
 
 
 def test_autocast_chooses_the_dtype():

@@ -145,14 +145,23 @@ def test_sees_every_change_of_a_state_it_has_read_before(device, storage, double
             assert same_bits(dequantize_nf4(from_bitsandbytes(weight, state)), values)
 
     expect(dequantize_nf4(q))
-    assert from_bitsandbytes(weight, state).absmax is from_bitsandbytes(weight, state).absmax  # not looked at anew
+    absmax = from_bitsandbytes(weight, state).absmax
+    assert from_bitsandbytes(weight, state).absmax is absmax  # not looked at anew
     weight.data = other.packed.clone().view(storage)[:, None]
+    expect(dequantize_nf4(q._replace(packed=other.packed)))
+    # Nor for bytes that come to lie elsewhere, as FSDP2's do in every forward.
+    assert from_bitsandbytes(weight, state).absmax is absmax
+    weight.data = weight.data.repeat(1, 2)[:, :1]  # which can only be copied, and each time again
     expect(dequantize_nf4(q._replace(packed=other.packed)))
     weight.data.copy_(q.packed.view(storage)[:, None])
     expect(dequantize_nf4(q))
     state.absmax = other.absmax
     expect(dequantize_nf4(q._replace(absmax=other.absmax)))
-    state.absmax.copy_(q.absmax)
+    state.absmax.data = q.absmax.clone()
+    expect(dequantize_nf4(q))
+    state.absmax.copy_(other.absmax)
+    expect(dequantize_nf4(q._replace(absmax=other.absmax)))
+    state.absmax = q.absmax
     expect(dequantize_nf4(q))
     state.dtype = torch.float16
     expect(dequantize_nf4(q, torch.float16))

@@ -64,8 +64,8 @@ def packed_weight(layer: nn.Module) -> NF4Tensor | None:
     if kind == "fp4":
         return None
     q = from_bitsandbytes(weight, state)
-    features = tuple(getattr(layer, name, None) for name in ("out_features", "in_features"))
-    if isinstance(layer, nn.Linear) and q.shape != features:
+    if isinstance(layer, nn.Linear) and q.shape != (layer.out_features, layer.in_features):
+        features = (layer.out_features, layer.in_features)
         raise ValueError(f"{type(layer).__name__}: quant_state.shape: expected {features}, got {tuple(q.shape)}")
     return q
 

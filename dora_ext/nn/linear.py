@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..distributed import gathered, whole
-from ..ops import dora_linear, dora_linear_nf4, norm_and_gain, norm_and_gain_nf4
+from ..ops import dora_linear, norm_and_gain, norm_and_gain_nf4
 from ..ops._registry import autocast_dtype, without_autocast
 from ..ops.linear import add_product
-from ..ops.linear_nf4 import linear_unpacked
+from ..ops.linear_nf4 import linear_packed, linear_unpacked
 from .base import ADAPTER, DoraBase
 from .base_weight import FLOAT_DTYPES, dense_in, dense_weight, packed_weight
 from .nf4_linear import NF4Linear, requantised_like
@@ -177,9 +177,10 @@ class DoraLinear(DoraBase):
         return add_product(y, x - dropped, weight if self.transposed else weight.T)
 
     def _quantised_forward(self, x: Tensor) -> Tensor:
-        packed = packed_weight(self.base_layer)
-        dense = dense_weight(self.base_layer) if packed is None else None
-        dtype = getattr(self.base_layer, "compute_dtype", None) or (
+        base = self._modules["base_layer"]
+        packed = packed_weight(base)
+        dense = dense_weight(base) if packed is None else None
+        dtype = getattr(base, "compute_dtype", None) or (
             dense.dtype if packed is None else autocast_dtype(x) or x.dtype
         )
         inputs = x.to(dtype) if x.is_floating_point() else x
@@ -187,18 +188,14 @@ class DoraLinear(DoraBase):
         if self.training and self.dropout:
             dropped = F.dropout(inputs, self.dropout)
             rest = inputs - dropped
-        adapter, s = (*self._factors(), self.magnitude), self.scaling
-        with without_autocast(x.device):  # the dtype is chosen
-            if packed is not None:
-                y = dora_linear_nf4(
-                    dropped, packed, *adapter, self.bias, scaling=s, cache=self.norm_cache, rest=rest
-                )  # fmt: skip
-            else:
+        adapter, bias, s = (*self._factors(), self.magnitude), getattr(base, "bias", None), self.scaling
+        if packed is not None:
+            y = linear_packed(dropped, packed, adapter, bias, scaling=s, cache=self.norm_cache, rest=rest)
+        else:
+            with without_autocast(x.device):  # the dtype is chosen
                 norm, gain = norm_and_gain(dense, *adapter, scaling=s)
-                again = partial(dense_in, self.base_layer, dtype)
-                y = linear_unpacked(
-                    dropped, dense.to(dtype), again, adapter, self.bias, norm, gain, scaling=s, rest=rest
-                )
+                again = partial(dense_in, base, dtype)
+                y = linear_unpacked(dropped, dense.to(dtype), again, adapter, bias, norm, gain, scaling=s, rest=rest)
         return y.to(x.dtype)
 
     def to_base(self, dequantize: bool = True) -> nn.Module:

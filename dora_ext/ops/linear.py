@@ -1,5 +1,7 @@
 """DoRA's linear layer as one autograd node: y = g * (x W^T + s (x A^T) B^T) + bias, with g = m / |W + s B A|."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -36,6 +38,13 @@ def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask):
     return _asked_for(mask, (grad, h, lora_B, norm, norm))
 
 
+def once(backward: Callable) -> Callable:
+    """once_differentiable, which costs as much as a small launch, only where a graph of gradients is wanted: elsewhere
+    it has nothing to do."""
+    checked = once_differentiable(backward)
+    return lambda ctx, grad: (checked if torch.is_grad_enabled() else backward)(ctx, grad)
+
+
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed):
@@ -46,50 +55,66 @@ class _DoraLinear(torch.autograd.Function):
             norm, gain = computed
         needs = ctx.needs_input_grad
         ctx.mask = _X * needs[0] + _A * needs[2] + _B * needs[3] + _MAGNITUDE * needs[4] + _BIAS * needs[5]
-        ctx.scaling, ctx.transposed = scaling, transposed
+        ctx.scaling, ctx.transposed, ctx.magnitude_dtype = scaling, transposed, magnitude.dtype
         # The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it. It comes last:
         # whoever overwrites it in place (ReLU(inplace=True)) makes that one unreadable, and only that one.
-        saved_y = y if needs[4] else None
-        inputs = (x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain)
-        ctx.save_for_backward(*inputs, saved_y)
-        if not torch.compiler.is_compiling():
-            ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
+        save(ctx, (x, h, weight, lora_A, lora_B, bias), (norm, gain), y if needs[4] else None)
         return y
 
     @staticmethod
+    @once
     def backward(ctx, grad_y):
-        # The decorator costs as much as a small launch; it has work to do only where a graph of gradients is wanted.
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_y)
+        x, h, weight, lora_A, lora_B, bias, norm, gain, y = saved(ctx)
+        m = like_magnitude(ctx, gain)
+        dx, dA, dB, dm, db = torch.ops.dora_ext.linear_backward.default(
+            grad_y, y, x, h, weight, lora_A, lora_B, m, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
+        )
+        needs = ctx.needs_input_grad
+        return (
+            dx if needs[0] else None, None, dA if needs[2] else None, dB if needs[3] else None,
+            dm if needs[4] else None, db if needs[5] else None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _backward(ctx, grad_y: Tensor) -> tuple:
-    *saved, y = _saved_tensors(ctx)
-    x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain = saved
-    dx, dA, dB, dm, db = torch.ops.dora_ext.linear_backward.default(
-        grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
-    )
-    needs = ctx.needs_input_grad
-    return (
-        dx if needs[0] else None, None, dA if needs[2] else None, dB if needs[3] else None,
-        dm if needs[4] else None, db if needs[5] else None, None, None, None, None,
-    )  # fmt: skip
+def save(ctx, inputs: tuple, constants: tuple, y: Tensor | None) -> None:
+    """What backward needs, for `saved`. `constants` are small, and nobody trains them.
+
+    Under activation checkpointing a saved tensor goes through Python three times (forward, recomputation, backward),
+    which costs the host as much as a small launch. Constants aren't worth it: the node itself holds them.
+    """
+    if torch.compiler.is_compiling():  # whose graphs keep what is saved
+        ctx.save_for_backward(*inputs, *constants, y)
+        ctx.constants = ()
+        return
+    ctx.save_for_backward(*inputs, y)
+    ctx.constants, ctx.versions = constants, (_versions(inputs), _versions(constants))
 
 
-_backward_once = once_differentiable(_backward)
-
-
-def _saved_tensors(ctx) -> tuple:
-    """ctx.saved_tensors, with None for the output (the last one) if it has been overwritten since."""
+def saved(ctx) -> tuple[Tensor | None, ...]:
+    """(*inputs, *constants, y), with None for y, the output, if it has been overwritten since."""
     if torch.compiler.is_compiling():
-        return ctx.saved_tensors
+        *inputs, y = ctx.saved_tensors
+        return (*inputs, *ctx.constants, y)
     try:
-        return ctx.saved_tensors
+        *inputs, y = ctx.saved_tensors
     except RuntimeError:
-        *inputs, _ = ctx._raw_saved_tensors
-        values = [None if t is None else t.data if t.unpack_hook is None else t.unpack_hook(t.data) for t in inputs]
-        if any(t is not None and t._version != v for t, v in zip(values, ctx.versions, strict=True)):
+        *raw, _ = ctx._raw_saved_tensors
+        inputs = [None if t is None else t.data if t.unpack_hook is None else t.unpack_hook(t.data) for t in raw]
+        if _versions(inputs) != ctx.versions[0]:
             raise  # an input was overwritten, which nothing can make good
-        return (*values, None)
+        y = None
+    if _versions(ctx.constants) != ctx.versions[1]:
+        raise RuntimeError("dora_ext: a norm, gain or scale needed for backward was modified by an inplace operation")
+    return (*inputs, *ctx.constants, y)
+
+
+def like_magnitude(ctx, gain: Tensor) -> Tensor:
+    """In m's place: a backward op asks it for shape and dtype alone, and this way it need not be saved."""
+    return gain if gain.dtype == ctx.magnitude_dtype else torch.empty_like(gain, dtype=ctx.magnitude_dtype)
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def add_product(y: Tensor, rest: Tensor, weight_t: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ..norm_cache import NormCache
 from ._registry import autocast_dtype, fake, without_autocast
-from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, _saved_tensors, add_product
+from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, add_product, like_magnitude, once, save, saved
 from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
 
@@ -39,7 +38,8 @@ def _(grad_y, y, x, h, packed, absmax, blocksize, shape, dtype, nested_absmax, n
 
 
 class _DoraLinearPacked(torch.autograd.Function):
-    """y = g * (x W^T + s h B^T) + bias + rest W^T over what W is packed in, `stored`; `rest` may be None.
+    """y = g * (x W^T + s h B^T) + bias + rest W^T over what W is packed in, `stored`: its bytes and their scales, or
+    nothing. `rest` may be None.
 
     forward(x, rest, stored, A, B, m, bias, norm, gain, s) gives y without rest, h and y. backward(grad_y, y, x, h,
     stored, A, B, m, bias, norm, gain, s, mask) gives the gradients of x, A, B, m, bias and rest.
@@ -51,21 +51,18 @@ class _DoraLinearPacked(torch.autograd.Function):
         needs = ctx.needs_input_grad
         ctx.mask = _X * needs[2] + _A * needs[4] + _B * needs[5] + _MAGNITUDE * needs[6] + _BIAS * needs[7]
         ctx.mask += _REST * needs[3]
-        ctx.backward_of, ctx.scaling = backward, scaling
-        saved_y = y if needs[6] else None
-        inputs = (x, h, lora_A, lora_B, magnitude, bias, norm, gain, *stored)
-        ctx.save_for_backward(*inputs, saved_y)
-        if not torch.compiler.is_compiling():
-            ctx.versions = [None if t is None or t.is_inference() else t._version for t in inputs]
+        ctx.backward_of, ctx.scaling, ctx.magnitude_dtype = backward, scaling, magnitude.dtype
+        packed, scales = stored[:1], stored[1:]
+        inputs = (x, h, lora_A, lora_B, bias, *packed)
+        save(ctx, inputs, (*scales, norm, gain), y if needs[6] else None)
         return y if rest is None else total
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_y):
-        x, h, lora_A, lora_B, magnitude, bias, norm, gain, *stored, y = _saved_tensors(ctx)
-        grads = ctx.backward_of(
-            grad_y, y, x, h, stored, lora_A, lora_B, magnitude, bias, norm, gain, ctx.scaling, ctx.mask
-        )
+        x, h, lora_A, lora_B, bias, *stored, norm, gain, y = saved(ctx)
+        m = like_magnitude(ctx, gain)
+        grads = ctx.backward_of(grad_y, y, x, h, stored, lora_A, lora_B, m, bias, norm, gain, ctx.scaling, ctx.mask)
         dx, dA, dB, dm, db, grad_rest = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
         return None, None, dx, grad_rest, dA, dB, dm, db, None, None, None, *([None] * len(stored))
 
@@ -138,20 +135,27 @@ def dora_linear_nf4(
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, rest = x.to(dtype), None if rest is None else rest.to(dtype)
+    return linear_packed(x, weight, (lora_A, lora_B, magnitude), bias, scaling=scaling, cache=cache, rest=rest)
+
+
+def linear_packed(
+    x: Tensor, weight: NF4Tensor, adapter: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, *, scaling: float,
+    cache: NormCache | None, rest: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dora_linear_nf4 in x's dtype, whatever autocast says: its ops don't ask it. adapter = (A, B, m)."""
     dense = values = None
     if not has_norm_nf4(weight.packed.device):
         values = dequantize_nf4(weight)
         dense = values.to(x.dtype)
-    norm, gain = norm_and_gain_nf4(weight, lora_A, lora_B, magnitude, scaling=scaling, cache=cache, dense=values)
+    norm, gain = norm_and_gain_nf4(weight, *adapter, scaling=scaling, cache=cache, dense=values)
     stored = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
     layout = (weight.blocksize, weight.shape, weight.dtype, weight.nested_blocksize)
+    operands = (*adapter, bias, norm, gain, float(scaling))
+    if not torch.is_grad_enabled():  # as in dora_linear
+        y, _, total = _forward_nf4(layout, dense, x, rest, stored, *operands)
+        return y if rest is None else total
     run = partial(_forward_nf4, layout, dense), partial(_backward_nf4, layout)
-    with without_autocast(x.device):
-        operands = (lora_A, lora_B, magnitude, bias, norm, gain, float(scaling))
-        if not torch.is_grad_enabled():  # as in dora_linear
-            y, _, total = _forward_nf4(layout, dense, x, rest, stored, *operands)
-            return y if rest is None else total
-        return _DoraLinearPacked.apply(*run, x, rest, *operands, *stored)
+    return _DoraLinearPacked.apply(*run, x, rest, *operands, *stored)
 
 
 def _operands(layout: tuple, stored: tuple) -> tuple:

@@ -1,6 +1,7 @@
 """Reading what bitsandbytes has quantised to NF4, and saying what is wrong with it where something is."""
 
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
         raise TypeError(f"from_bitsandbytes: weight: expected a tensor or a Linear4bit, got {type(weight).__name__}")
     state = getattr(weight, "quant_state", None) if quant_state is None else quant_state
     _require(state is not None, "weight: it has no quant_state; bitsandbytes quantises when a layer moves to a device")
-    reading = None if torch.compiler.is_compiling() else _Reading.of(weight, state)
+    data = weight.detach()  # a plain tensor: every look at a Params4bit goes through Python
+    reading = None if torch.compiler.is_compiling() else _Reading.of(data, state)
     known = None if reading is None else _readings.get(weight)
     if known is not None and known[0].same_as(reading):
-        return known[1]._replace(packed=_bytes_of(weight))
+        return known[1]._replace(packed=_bytes_of(data))
     _require(state.quant_type == "nf4", f"quant_state: expected quant_type nf4, got {state.quant_type}")
     reordered = getattr(state, "packing_format_for_cpu", False)
     dtype = getattr(state, "original_dtype", state.dtype) if reordered else state.dtype
@@ -48,7 +50,7 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     _require(isinstance(state.shape, (tuple, list)), f"quant_state.shape: expected the weight's, got {state.shape!r}")
     shape = torch.Size(state.shape)
 
-    packed = _bytes_of(weight)
+    packed = _bytes_of(data)
     _require(packed.device.type != "meta", "weight: it is on meta and has no data")
     _check_table(state.code, packed.device)
     kind = type(state.absmax).__name__
@@ -72,49 +74,59 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
         absmax = _vector("quant_state.absmax", absmax, packed.device)
     q = NF4Tensor(packed, absmax, state.blocksize, shape, dtype, **nested)
     _check_sizes(q)
-    if reading is not None and reading.shares_memory_with(q):
+    if reading is not None and _shares_memory(q, data, state):
         # Not the bytes: they would keep their weight alive, and with it this entry.
         _readings[weight] = (reading, q._replace(packed=None))
     return q
 
 
-def _bytes_of(weight: Tensor) -> Tensor:
-    packed = weight.detach().reshape(-1)
+def _bytes_of(data: Tensor) -> Tensor:
+    packed = data.reshape(-1)
     return packed if packed.dtype == torch.uint8 else packed.contiguous().view(torch.uint8)
 
 
-class _Reading:
-    """What a weight was read from. A forward reads it anew, and would find the same objects in the same places each
-    time: then the answer is the same too, and looking is done in a fifth of the time."""
+# What an answer depends on, but for the tensors' values: those it shares with them, or checks (`code`).
+_of_state = attrgetter("quant_type", "shape", "dtype", "blocksize", "code", "absmax", "offset", "state2")
+_of_inner = attrgetter("absmax", "code", "blocksize")
 
-    __slots__ = ("others", "place", "scales")
 
-    def __init__(self, scales: tuple, others: tuple, place: tuple) -> None:
-        self.scales, self.others, self.place = scales, others, place
+class _Reading(NamedTuple):
+    """What a weight was read from. A forward reads it anew, and would find the same objects and layout each time: then
+    the answer is the same too, and looking is done in a fifth of the time. Where the bytes are does not matter: FSDP2
+    gathers them into the same tensor at ever new addresses."""
+
+    objects: tuple
+    layout: tuple
 
     @classmethod
-    def of(cls, weight: Tensor, state: Any) -> "_Reading | None":
+    def of(cls, data: Tensor, state: Any) -> "_Reading | None":
         """None where something is missing or reordered: such a state is looked at in full."""
-        inner, code = getattr(state, "state2", None), getattr(state, "code", None)
-        if getattr(state, "packing_format_for_cpu", False) or not isinstance(code, Tensor):
+        try:
+            others = state.__dict__  # a failed getattr calls a function of QuantState's
+            reordered = others.get("packing_format_for_cpu")
+            objects = (state, others.get("nested"), *_of_state(state))
+            if state.state2 is not None:
+                objects += _of_inner(state.state2)
+            # An object stays the same when its `data` is replaced.
+            scales = [t.data_ptr() for t in _scales_of(state)]
+            layout = (data.device, data.shape, data.stride(), data.dtype, state.code._version, scales)
+        except AttributeError:
             return None
-        absmax, offset = state.absmax, getattr(state, "offset", None)
-        scales = (absmax, getattr(inner, "absmax", None), getattr(inner, "code", None), offset)
-        others = (
-            state, state.quant_type, state.shape, state.dtype, state.blocksize, code, inner,
-            getattr(state, "nested", None), getattr(inner, "blocksize", None),
-        )  # fmt: skip
-        return cls(scales, others, (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, code._version))
+        return None if reordered else cls(objects, layout)
 
     def same_as(self, other: "_Reading") -> bool:
-        mine, theirs = (*self.scales, *self.others), (*other.scales, *other.others)
-        return self.place == other.place and all(a is b for a, b in zip(mine, theirs, strict=True))
+        return self.layout == other.layout and all(map(is_, self.objects, other.objects))
 
-    def shares_memory_with(self, q: NF4Tensor) -> bool:
-        """q has copied nothing: what is written into the weight or its state later shows in it."""
-        read = (q.absmax, q.nested_absmax, q.nested_code, q.offset)
-        pairs = [(a, b) for a, b in zip(read, self.scales, strict=True) if a is not None]
-        return q.packed.data_ptr() == self.place[0] and all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+def _scales_of(state: Any) -> tuple[Tensor, ...]:
+    inner = state.state2
+    return (state.absmax,) if inner is None else (state.absmax, inner.absmax, inner.code, state.offset)
+
+
+def _shares_memory(q: NF4Tensor, data: Tensor, state: Any) -> bool:
+    """q has copied nothing: what is written into the weight or its state later shows in it."""
+    read = [t for t in (q.packed, q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None]
+    return all(a.data_ptr() == b.data_ptr() for a, b in zip(read, (data, *_scales_of(state)), strict=True))
 
 
 _readings = WeakTensorKeyDictionary()  # weight -> its last reading, and what that gave but for the bytes

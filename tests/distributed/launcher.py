@@ -7,6 +7,7 @@ new ranks. Nothing hangs: the process group has a timeout, and the test waits on
 import importlib
 import multiprocessing
 import os
+import resource
 import time
 import traceback
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, device: str, meeting: str, timeout: float, pipe) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # NCCL's watchdog ends a process by SIGABRT: no files of gigabytes
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...nn.base_weight import dense_in, dense_weight, packed_weight
 from ...norm_cache import NormCache
-from ...ops import dora_linear_nf4, norm_and_gain
+from ...ops import norm_and_gain
 from ...ops._registry import without_autocast
-from ...ops.linear_nf4 import linear_unpacked
+from ...ops.linear_nf4 import linear_packed, linear_unpacked
 
 
 def quantised_linear(
@@ -29,16 +29,16 @@ def quantised_linear(
     dtype = _compute_dtype(base, x) if four_bit else x.dtype
     inputs, rest = dropped.to(dtype), None if dropped is x else (x - dropped).to(dtype)
     packed = packed_weight(base) if four_bit else None
+    if packed is not None:
+        y = linear_packed(inputs, packed, (A, B, m), base.bias, scaling=scaling, cache=cache, rest=rest)
+        return y.to(x.dtype)
     with without_autocast(x.device):  # as bitsandbytes' products, which know no autocast
-        if packed is not None:
-            y = dora_linear_nf4(inputs, packed, A, B, m, base.bias, scaling=scaling, cache=cache, rest=rest)
-        else:
-            dense = dense_weight(base)
-            norm, gain = norm_and_gain(dense, A, B, m, scaling=scaling, cache=cache, stored=base.weight)
-            y = linear_unpacked(
-                inputs, dense.to(dtype), partial(dense_in, base, dtype), (A, B, m), base.bias, norm, gain,
-                scaling=scaling, rest=rest, product=None if four_bit else base.forward,
-            )  # fmt: skip
+        dense = dense_weight(base)
+        norm, gain = norm_and_gain(dense, A, B, m, scaling=scaling, cache=cache, stored=base.weight)
+        y = linear_unpacked(
+            inputs, dense.to(dtype), partial(dense_in, base, dtype), (A, B, m), base.bias, norm, gain,
+            scaling=scaling, rest=rest, product=None if four_bit else base.forward,
+        )  # fmt: skip
     return y.to(x.dtype)
 
 
