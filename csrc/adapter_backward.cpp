@@ -46,7 +46,7 @@ AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTen
   const auto [G, grad_m, grad_b] = compose_backward_op(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt,
                                                        y.has_value(), mask & (kWantG | kWantP | kWantB));
   return {mask & kWantG ? G : none(),
-          mask & kWantP ? product_with_narrow(G, lora_B.to(grad.scalar_type()), scaling) : none(),
+          mask & kWantP ? product_with_narrow(G, in_dtype(lora_B, grad.scalar_type()), scaling) : none(),
           mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(), mask & kWantMagnitude ? grad_m : none(),
           mask & kWantBias ? grad_b : none()};
 }

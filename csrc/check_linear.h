@@ -8,6 +8,7 @@ namespace dora_ext {
 
 // (..., features) as (tokens, features). Sizes are spelled out, because -1 is ambiguous in an empty batch.
 inline Tensor as_tokens(const Tensor& t) {
+  if (t.dim() == 2) return t;
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
   return t.reshape({tokens, t.size(-1)});

@@ -57,7 +57,7 @@ void compose_op_(Tensor& y, const Tensor& h, const Tensor& lora_B, const Tensor&
 
 // s * t in `dtype`, rounded once, in one launch.
 Tensor scaled_to(const Tensor& t, double scaling, at::ScalarType dtype) {
-  if (scaling == 1) return t.to(dtype);
+  if (scaling == 1) return in_dtype(t, dtype);
   Tensor result = at::empty(t.sizes(), t.options().dtype(dtype));
   return at::mul_out(result, t, at::native::wrapped_scalar_tensor(scaling));
 }
@@ -80,15 +80,15 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
   const auto dtype = x.scalar_type();
   if (hopper_takes(x, weight, h, transposed)) {
     const Tensor B = scaled_to(lora_B, scaling, dtype);
-    const OptionalTensor b = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
-    return hopper_product(x, weight, h, aligned(transposed ? B.t() : B, 16), gain.to(at::kFloat), b, transposed);
+    const OptionalTensor b = bias ? OptionalTensor(in_dtype(*bias, at::kFloat)) : std::nullopt;
+    return hopper_product(x, weight, h, aligned(transposed ? B.t() : B, 16), in_dtype(gain, at::kFloat), b, transposed);
   }
   Tensor y;
   OptionalTensor rest = bias;
   if (bias && x.is_cpu()) {
     // With the bias inside the product, as the base layer has it, an adapter that does nothing yet changes y by that
     // product's own rounding at most: g (x W^T + bias) + (1 - g) bias. On CUDA the other order is one launch less.
-    y = cpu::multiply(x, transposed ? weight : weight.t(), bias->to(dtype));
+    y = cpu::multiply(x, transposed ? weight : weight.t(), in_dtype(*bias, dtype));
     rest = bias->sub(gain.mul(*bias));
   } else {
     y = product(x, transposed ? weight : weight.t());

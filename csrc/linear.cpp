@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "adapter_backward.h"
+#include "aligned.h"
 #include "check_decode.h"
 #include "check_linear.h"
 #include "inside_op.h"
@@ -65,12 +66,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const
   if (!transposed && decode_fits(tokens, weight)) {
     std::tie(y, h) = decode_op(tokens, weight, lora_A, lora_B, used_gain, bias, scaling);
   } else {
-    h = product_with_narrow(tokens, lora_A.to(x.scalar_type()).t());
+    h = product_with_narrow(tokens, in_dtype(lora_A, x.scalar_type()).t());
     y = forward_product(tokens, weight, transposed, h, lora_B, used_gain, bias, scaling);
   }
   auto shape = x.sizes().vec();
   shape.back() = y.size(1);
-  return {y.view(shape), h, n, g};
+  return {in_shape(y, shape), h, n, g};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
 
   const auto dtype = x.scalar_type();
   const Tensor tokens = as_tokens(x);
-  const Tensor grad = as_tokens(grad_y.to(dtype));
-  const Tensor n = norm.to(accumulate_type(dtype));               // NF4's are fp32, also where x is fp64
+  const Tensor grad = as_tokens(in_dtype(grad_y, dtype));
+  const Tensor n = in_dtype(norm, accumulate_type(dtype));        // NF4's are fp32, also where x is fp64
   const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
   Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
   // At a large rank dB is what would raise the peak, beside G: it waits until G is gone.
@@ -106,18 +107,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
         compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false, /*want_G=*/true);
     const Tensor E = product_for(n, grad.t(), h);
     grad_m.add_(E.mul(lora_B).sum(1).mul_(scaling).div_(n).masked_fill_(n.eq(0), 0));
-    if (want_x || want_A) P = product_with_narrow(G, lora_B.to(dtype), scaling);
+    if (want_x || want_A) P = product_with_narrow(G, in_dtype(lora_B, dtype), scaling);
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
   if (want_x) {
     grad_x = backward_product(scaled ? grad : std::move(G), scaled ? scaled_weight(weight, gain) : weight, transposed,
-                              P, lora_A.to(dtype))
-                 .view(x.sizes());
+                              P, in_dtype(lora_A, dtype));
+    grad_x = in_shape(grad_x, x.sizes());
   }
   if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
   if (late_B) grad_B = grad_of_B_from_output(lora_B, grad, gain, h, scaling);
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
-          want_m ? grad_m.to(magnitude.scalar_type()) : none(), want_b ? grad_b.to(bias->scalar_type()) : none()};
+          want_m ? in_dtype(grad_m, magnitude.scalar_type()) : none(),
+          want_b ? in_dtype(grad_b, bias->scalar_type()) : none()};
 }
 
 }  // namespace

@@ -104,7 +104,7 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   check_linear_backward(name, grad_y, y, x, h, like, lora_A, lora_B, magnitude, bias, scaling, false, want_b);
   check_device(name, "packed", packed, "x", x);
 
-  const Tensor tokens = as_tokens(x), grad = as_tokens(grad_y.to(to));
+  const Tensor tokens = as_tokens(x), grad = as_tokens(in_dtype(grad_y, to));
   const int64_t wanted = (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) |
                          (want_b ? kWantBias : 0);
   auto [G, P, grad_B, grad_m, grad_b] = adapter_backward_op(grad, want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt,
@@ -117,14 +117,14 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   Tensor grad_x = none();
   if (want_x) {
     const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
-                            nested_blocksize, to, gain.to(at::kFloat));
-    grad_x = backward_product(grad, W, false, P, lora_A.to(to)).view(x.sizes());
+                            nested_blocksize, to, in_dtype(gain, at::kFloat));
+    grad_x = in_shape(backward_product(grad, W, false, P, in_dtype(lora_A, to)), x.sizes());
   }
   return {grad_x,
           want_A ? grad_of_A(lora_A, P, tokens) : none(),
           want_B ? grad_B : none(),
-          want_m ? grad_m.to(magnitude.scalar_type()) : none(),
-          want_b ? grad_b.to(bias->scalar_type()) : none(),
+          want_m ? in_dtype(grad_m, magnitude.scalar_type()) : none(),
+          want_b ? in_dtype(grad_b, bias->scalar_type()) : none(),
           none()};
 }
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include "aligned.h"
 #include "check.h"
 #include "cpu/narrow.h"
 #include "cpu/product.h"
@@ -35,19 +36,19 @@ inline at::Tensor product_with_narrow(const at::Tensor& wide, const at::Tensor& 
 inline at::Tensor product_for(const at::Tensor& parameter, const at::Tensor& left, const at::Tensor& right) {
   const auto dtype = parameter.scalar_type();
   if (left.is_cuda() && is_half(left.scalar_type()) && dtype == at::kFloat) return at::mm(left, right, dtype);
-  return at::mm(left, right).to(dtype);
+  return in_dtype(at::mm(left, right), dtype);
 }
 
 // dA = P^T x
 inline at::Tensor grad_of_A(const at::Tensor& lora_A, const at::Tensor& P, const at::Tensor& x) {
-  if (has_cpu_loops(x)) return cpu::multiply_transposed_narrow(P, x).to(lora_A.scalar_type());
+  if (has_cpu_loops(x)) return in_dtype(cpu::multiply_transposed_narrow(P, x), lora_A.scalar_type());
   return product_for(lora_A, P.t(), x);
 }
 
 // dB = s G^T h
 inline at::Tensor grad_of_B(const at::Tensor& lora_B, const at::Tensor& G, const at::Tensor& h, double scaling) {
   if (has_cpu_loops(G)) {
-    return cpu::transposed(cpu::multiply_transposed_narrow(h, G), scaling).to(lora_B.scalar_type());
+    return in_dtype(cpu::transposed(cpu::multiply_transposed_narrow(h, G), scaling), lora_B.scalar_type());
   }
   at::Tensor grad_B = product_for(lora_B, G.t(), h);
   if (scaling != 1) grad_B.mul_(scaling);

@@ -27,7 +27,7 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
                      const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t mask) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank;
   const int64_t tokens = grad.size(0), out = grad.size(1), rank = lora_B.size(1);
-  const Tensor n = norm.to(at::kFloat).contiguous(), g = gain.to(at::kFloat).contiguous();
+  const Tensor n = in_dtype(norm, at::kFloat).contiguous(), g = in_dtype(gain, at::kFloat).contiguous();
   const Tensor B = lora_B.contiguous(), b = bias ? bias->contiguous() : Tensor();
   const AdapterBackwardPlan plan = plan_adapter_backward<KT>(
       tokens, out, multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));

@@ -15,8 +15,8 @@ void recover(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, cons
              const Tensor& norm, const Tensor& gain, double scaling, MakeWeight&& make_weight) {
   const auto dtype = x.scalar_type(), accumulate = accumulate_type(dtype);
   // The gradient and the weight are read by their strides: in nearly every call they are not read at all.
-  const Tensor d = grad_y.to(dtype), x_ = x.contiguous(), h_ = h.contiguous(), B = lora_B.contiguous();
-  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
+  const Tensor d = in_dtype(grad_y, dtype), x_ = x.contiguous(), h_ = h.contiguous(), B = lora_B.contiguous();
+  const Tensor n = in_dtype(norm, accumulate).contiguous(), g = in_dtype(gain, accumulate).contiguous();
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
