@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dora_ext.ops import NF4Tensor, dequantize_nf4, quantize_nf4
+from dora_ext.ops.nf4 import CODEBOOK
 
 pytestmark = pytest.mark.cuda
 
@@ -74,6 +75,34 @@ def test_weights_at_the_ends_of_their_dtype():
         q = quantize_nf4((torch.randn(48, 256, device="cuda") * size).clamp(-size, size).to(dtype))
         arguments = (q, lora_A * 0, lora_B, magnitude)
         expect_norm(torch.ops.dora_ext.norm_nf4(*q.operands(), *arguments[1:], 1.0), *arguments, 1.0)
+
+
+@pytest.mark.parametrize("scaling", [0.0, 1.0, -2.0, 0.0625, 3.0, 2.0**16, 2.0**-17])
+def test_scalings(scaling):
+    """A power of two may be multiplied into lora_A, if it is neither large nor small."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for r in (7, 16, 32, 64):
+            for nested in (False, True):
+                arguments = problem(90, 1120, r, dtype, nested=nested)
+                result = torch.ops.dora_ext.norm_nf4(*arguments[0].operands(), *arguments[1:], scaling)
+                expect_norm(result, *arguments, scaling)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [2, 20, 40])
+def test_a_norm_that_almost_cancels_is_exact(dtype, r):
+    """s B A is -W, save a hundredth: what |W|^2 + 2 s W.BA + s^2 |BA|^2 leaves of it has few digits."""
+    values = CODEBOOK.to("cuda", dtype)[torch.randint(16, (256,), device="cuda")]
+    values[::64] = 1
+    size = torch.exp2(torch.randint(-3, 4, (48, 1), device="cuda").float()).to(dtype)
+    q = quantize_nf4(size * values, 64, False)
+    assert torch.equal(dequantize_nf4(q), size * values)
+    lora_A, lora_B = torch.randn(r, 256, device="cuda") / 100, torch.randn(48, r, device="cuda") / r**0.5
+    lora_A, lora_B = lora_A.to(dtype), size * lora_B.to(dtype)
+    lora_A[0], lora_B[:, :1] = -values, size / 2
+    norm, _ = torch.ops.dora_ext.norm_nf4(*q.operands(), lora_A, lora_B, torch.ones(48, device="cuda"), 2.0)
+    truth = ((size * values).double() + 2 * lora_B.double() @ lora_A.double()).norm(dim=1)
+    assert ((norm.double() - truth).abs() <= 1e-4 * truth).all()
 
 
 def test_zero_rows():

@@ -2,6 +2,7 @@
 // settled here and nowhere else: kernels call these on every architecture.
 //
 //   copy16_async, copy_commit, copy_wait   global -> shared, in flight while the warp computes. sm_75: a plain load.
+//   copy_few_async, prefetch_to_l2         the same for 4 or 8 bytes; global -> L2
 //   load_matrix_x4 (ldmatrix)              8x8 tiles of 16-bit numbers, shared memory -> mma fragments
 //   mma_m16n8k16<T>                        16x8 += 16x16 * 16x8, T fp16 or bf16, sums in fp32
 //
@@ -45,6 +46,24 @@ __device__ __forceinline__ void copy16_async(void* dst, const void* src, bool va
 #else
   *static_cast<uint4*>(dst) = valid ? __ldg(static_cast<const uint4*>(src)) : uint4{};
 #endif
+}
+
+// 4 or 8 bytes, aligned to that. Through L1: there is no way past it for so few.
+template <int Bytes>
+__device__ __forceinline__ void copy_few_async(void* dst, const void* src) {
+  static_assert(Bytes == 4 || Bytes == 8);
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(shared_address(dst)), "l"(src), "n"(Bytes)
+               : "memory");
+#else
+  using Word = std::conditional_t<Bytes == 4, uint32_t, uint2>;
+  *static_cast<Word*>(dst) = __ldg(static_cast<const Word*>(src));
+#endif
+}
+
+// Asks for what lies there to be in the L2 cache when it is read.
+__device__ __forceinline__ void prefetch_to_l2(const void* src) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(src));
 }
 
 // Closes a group of copies. A thread commits one group per stage, an empty one too, so that counting stays simple.

@@ -136,6 +136,7 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   wait_for_previous_launch();
   if (i >= out) return;
+  const Acc m = magnitude.at<Acc>(i);  // beside the partials, not after them
   Acc n;
   if (is_stale(fingerprint)) {
     Acc sum = 0;
@@ -146,7 +147,7 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
     n = cached[i];
   }
   norm[i] = n;
-  gain[i] = n > 0 ? magnitude.at<Acc>(i) / n : Acc(0);
+  gain[i] = n > 0 ? m / n : Acc(0);
 }
 
 template <typename Acc>

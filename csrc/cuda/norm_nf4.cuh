@@ -4,6 +4,9 @@
 //   else                                          a stretch of rows after the other is unpacked for the dense norm
 #pragma once
 
+#include <cmath>
+#include <cstdlib>
+
 #include "launches.cuh"
 #include "norm_fingerprint.cuh"
 #include "norm_rows_nf4.cuh"
@@ -26,30 +29,56 @@ struct NormNf4Plan {
   }
 };
 
+// Whether bf16's lora_A times it is exact; fp16 has too few exponents for that.
+inline bool is_folded(float scaling) {
+  int exponent = 0;
+  return std::abs(std::frexp(scaling, &exponent)) == 0.5f && std::abs(exponent) <= 16;
+}
+
 // As many blocks run at once as their registers allow (kResident), and the shared memory of the device.
-template <typename T, typename Tile, int kResident>
-bool plan_rows_nf4(NormNf4Plan<T>& plan, const NormProblem<T>& p, int multiprocessors, int64_t shared_limit) {
-  constexpr int64_t kOwn = kNf4TableBytes + kNf4CodeBytes, kReserved = 1024;  // by the driver, for each block
-  const int64_t resident = std::min<int64_t>(kResident, (shared_limit + kReserved) / (kOwn + kReserved));
-  if (p.rank > Tile::kRank || resident == 0) return false;
-  const int64_t left = (shared_limit + kReserved) / resident - kReserved - kOwn;
-  const int64_t most = std::min<int64_t>(kMostRowTiles, left / row_sums_bytes<Tile>(1));
+template <typename T, bool Folded, typename Tile, int kResident>
+bool plan_rows_nf4(NormNf4Plan<T>& plan, const NormProblem<T>& p, const Nf4Matrix& matrix, int multiprocessors,
+                   int64_t shared_limit) {
+  using Shared = Nf4Shared<Tile>;
+  constexpr int64_t kReserved = 1024;  // by the driver, for each block
+  const int64_t resident = std::min<int64_t>(kResident, (shared_limit + kReserved) / (Shared::kOwn + kReserved));
+  constexpr int kPair = 2 * Tile::kWidth;  // of a row, two lanes' weights: they share a scale
+  if (p.rank > Tile::kRank || p.in % kPair != 0 || 1 << matrix.block_shift < kPair || resident == 0) return false;
+  const int64_t left = (shared_limit + kReserved) / resident - kReserved - Shared::kOwn;
+  const int64_t most = std::min<int64_t>(kMostRowTiles, left / (Shared::bytes(1) - Shared::kOwn));
   if (most == 0) return false;
   const int64_t strips = (p.in + Tile::kBlockColumns - 1) / Tile::kBlockColumns;
   const Splits chunks = split_walk(strips, (p.out + 15) / 16, resident * multiprocessors, most);
-  plan = {norm_nf4_rows_kernel<T, Tile, kResident>, Tile::kThreads, kOwn + row_sums_bytes<Tile>(chunks.tiles), strips,
-          chunks};
+  const auto kernel = matrix.scales.nested_absmax != nullptr ? norm_nf4_rows_kernel<T, Tile, kResident, true, Folded>
+                                                             : norm_nf4_rows_kernel<T, Tile, kResident, false, Folded>;
+  plan = {kernel, Tile::kThreads, Shared::bytes(chunks.tiles), strips, chunks};
   return true;
 }
 
-template <typename T>
-NormNf4Plan<T> plan_norm_nf4(const NormProblem<T>& p, int multiprocessors, int64_t shared_limit) {
-  NormNf4Plan<T> plan;
-  const bool fits = p.in % 32 == 0 && (p.rank <= 16 || p.rank % 8 == 0);
+template <typename T, bool Folded>
+void plan_tiles_nf4(NormNf4Plan<T>& plan, const NormProblem<T>& p, const Nf4Matrix& matrix, int multiprocessors,
+                    int64_t shared_limit) {
+  // Rank 64: lora_B's rows take too much for several blocks. Not folded, a weight waits in a register for its product,
+  // for which 16 warps have none left.
+  using Highest = RowTile<4, Folded ? 16 : 8, 16, 1>;
   [[maybe_unused]] const bool planned =
-      fits && (plan_rows_nf4<T, RowTile<1, 8, 32, 1>, 2>(plan, p, multiprocessors, shared_limit) ||
-               plan_rows_nf4<T, RowTile<2, 8, 16, 1>, 2>(plan, p, multiprocessors, shared_limit) ||
-               plan_rows_nf4<T, RowTile<4, 4, 16, 1>, 3>(plan, p, multiprocessors, shared_limit));
+      plan_rows_nf4<T, Folded, RowTile<1, 8, 32, 1>, 2>(plan, p, matrix, multiprocessors, shared_limit) ||
+      plan_rows_nf4<T, Folded, RowTile<2, 8, 16, 1>, 2>(plan, p, matrix, multiprocessors, shared_limit) ||
+      plan_rows_nf4<T, Folded, Highest, 1>(plan, p, matrix, multiprocessors, shared_limit);
+}
+
+template <typename T>
+NormNf4Plan<T> plan_norm_nf4(const NormProblem<T>& p, const Nf4Matrix& matrix, int multiprocessors,
+                             int64_t shared_limit) {
+  NormNf4Plan<T> plan;
+  if (p.in % 32 != 0 || (p.rank > 16 && p.rank % 8 != 0) || p.out * p.in >= int64_t{1} << 36) return plan;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (is_folded(p.scaling)) {
+      plan_tiles_nf4<T, true>(plan, p, matrix, multiprocessors, shared_limit);
+      return plan;
+    }
+  }
+  plan_tiles_nf4<T, false>(plan, p, matrix, multiprocessors, shared_limit);
   return plan;
 }
 

@@ -66,11 +66,12 @@ void run_dense(const Nf4Call& call, NormProblem<T> problem, const NormDevice& de
 // Whether there is a kernel for it; then it has run.
 template <typename T>
 bool run_packed(const Nf4Call& call, NormProblem<T> problem, const NormDevice& device, cudaStream_t stream) {
-  const NormNf4Plan<T> plan = plan_norm_nf4<T>(problem, device.multiprocessors, device.shared_bytes);
+  const Nf4Matrix matrix{call.operands.bytes(), call.operands.scales, shift_of(call.blocksize)};
+  const NormNf4Plan<T> plan = plan_norm_nf4<T>(problem, matrix, device.multiprocessors, device.shared_bytes);
   if (plan.kernel == nullptr) return false;
   const Tensor partials = at::empty({plan.strips, problem.out}, call.norm.options());
   problem.partials = mutable_data<float>(partials);
-  plan.launch(problem, Nf4Matrix{call.operands.bytes(), call.operands.scales, shift_of(call.blocksize)}, stream);
+  plan.launch(problem, matrix, stream);
   call.finish(problem.partials, static_cast<int>(plan.strips), 0, problem.out, stream);
   return true;
 }

@@ -38,16 +38,19 @@ __device__ __forceinline__ void load_columns_of_A(uint32_t (&a)[Tile::kPieces * 
 #pragma unroll
   for (int piece = 0; piece < Tile::kPieces; ++piece) {
     const int64_t column = column0 + (piece * 4 + g / 2) * Tile::kWidth;
+    const T* of_rank = p.lora_A + 4 * Tile::KT * t * p.pitch_A + column;
+    const int ranks = column < p.in ? p.rank - 4 * Tile::KT * t : 0;
 #pragma unroll
-    for (int part = 0; part < Tile::kWidth / 8; ++part) {
+    for (int s = 0; s < 2 * Tile::KT; ++s) {
+      const uint4* from[2] = {reinterpret_cast<const uint4*>(of_rank),
+                              reinterpret_cast<const uint4*>(of_rank + p.pitch_A)};
+      of_rank += 2 * p.pitch_A;
 #pragma unroll
-      for (int s = 0; s < 2 * Tile::KT; ++s) {
-        uint4 row[2];
+      for (int part = 0; part < Tile::kWidth / 8; ++part) {
+        uint4 row[2] = {};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int k = 4 * Tile::KT * t + 2 * s + i;
-          const T* from = p.lora_A + k * p.pitch_A + column + part * 8;
-          row[i] = k < p.rank && column < p.in ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{};
+          if (2 * s + i < ranks) row[i] = __ldg(from[i] + part);
         }
         const int pair = piece * Tile::kPairs + part * 4;
         a[pair][s / 2][s % 2] = __byte_perm(row[0].x, row[1].x, parity);
@@ -56,6 +59,17 @@ __device__ __forceinline__ void load_columns_of_A(uint32_t (&a)[Tile::kPieces * 
         a[pair + 3][s / 2][s % 2] = __byte_perm(row[0].w, row[1].w, parity);
       }
     }
+  }
+}
+
+// Times a power of two: exact, save at the ends of what bf16 can hold.
+template <int N, int KT>
+__device__ __forceinline__ void scale_columns_of_A(uint32_t (&a)[N][KT][2], float power) {
+  const __nv_bfloat162 both = __float2bfloat162_rn(power);
+#pragma unroll
+  for (int i = 0; i < N * KT * 2; ++i) {
+    auto& pair = reinterpret_cast<__nv_bfloat162&>(a[i / (2 * KT)][i / 2 % KT][i % 2]);
+    pair = __hmul2(pair, both);
   }
 }
 
@@ -95,10 +109,18 @@ struct RowsOfB {
   }
 };
 
+// `v`, which the compiler would compute anew in each tile.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(v));
+  return v;
+}
+
 // The block's rows of its strip. `sums`: (kWarps, 16 tiles_per_block) in shared memory.
-//   source.fetch    asks for a lane's part of a row of the next tile       source.advance   to the tile after
-//   source.prepare  makes a part ready                                     source.pair      two weights of it
-template <typename Tile, typename T, typename Source>
+//   source.start   gets to know the block's part of W         source.take   this tile of it, into registers
+//   source.fetch   asks for the tile at a row, or further     source.pair   two of the registers' weights
+//   source.share   sets up what the block has in common      source.take_B   if the rows of lora_B are part of that
+// Folded: s is a power of two and goes into A. So the tensor cores add W as well: one instruction less for a weight.
+template <bool Folded, typename Tile, typename T, typename Source>
 __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles_per_block, Source& source,
                                           float* sums) {
   constexpr int KT = Tile::KT;
@@ -106,19 +128,14 @@ __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles
   const int64_t column0 = blockIdx.y * static_cast<int64_t>(Tile::kBlockColumns) + warp * Tile::kColumns;
   const int64_t row0 = blockIdx.x * tiles_per_block * 16;
   const int rows = static_cast<int>(p.out - row0 < tiles_per_block * 16 ? p.out - row0 : tiles_per_block * 16);
+  const bool odd = lane % 2 == 1;
+  float* own_sums = sums + kept(warp * static_cast<int>(tiles_per_block) * 16 + lane / 4 + (odd ? 8 : 0));
 
-  typename Source::Part weight{}, next_weight{};
+  typename Source::Part weight{};
   uint32_t b[2][2 * KT] = {}, next_b[2][2 * KT] = {};
   RowsOfB<KT, T> rows_of_B(p, row0 + lane / 4);
-  source.start(row0 + lane / 4, column0);
+  source.start(row0, rows, column0);
   // Where there is no row, what the registers held stays: nobody asks for its sum.
-  const auto fetch_weight = [&](int row) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + half * 8 + lane / 4 < rows) source.fetch(next_weight, half);
-    }
-    source.advance();
-  };
   const auto fetch_b = [&](uint32_t (&to)[2][2 * KT], int row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -126,47 +143,49 @@ __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles
     }
     rows_of_B.from += 2 * rows_of_B.below;
   };
-  fetch_weight(0);
-  if (Tile::kEarlyB) fetch_b(next_b, 0);
+  source.fetch(0);
+  constexpr bool kEarlyB = Tile::kEarlyB && !Source::kSharesB;
+  if (kEarlyB) fetch_b(next_b, 0);
   uint32_t a[Tile::kPieces * Tile::kPairs][KT][2];
   load_columns_of_A<Tile>(a, p, column0);
   source.share();
+  if constexpr (Folded) scale_columns_of_A(a, p.scaling);
 
   for (int row = 0; row < rows; row += 16) {
-    weight = next_weight;
-    fetch_weight(row + 16);
-    if constexpr (Tile::kEarlyB) {
+    source.take(weight);
+    source.fetch(row + 16);
+    if constexpr (Source::kSharesB) {
+      source.take_B(b, row);
+    } else if constexpr (kEarlyB) {
 #pragma unroll
       for (int i = 0; i < 4 * KT; ++i) b[i % 2][i / 2] = next_b[i % 2][i / 2];
       fetch_b(next_b, row + 16);
     } else {
       fetch_b(b, row);
     }
-    source.prepare(weight);
     float sum[2][2] = {};
 #pragma unroll
     for (int i = 0; i < Tile::kPieces * Tile::kPairs; ++i) {
       const float2 w[2] = {source.pair(weight, 0, i), source.pair(weight, 1, i)};
       float d[4] = {};
+      if constexpr (Folded) d[0] = w[0].x, d[1] = w[0].y, d[2] = w[1].x, d[3] = w[1].y;
 #pragma unroll
       for (int s = 0; s < KT; ++s) {
         mma_m16n8k16<T>(d, {b[0][2 * s], b[1][2 * s], b[0][2 * s + 1], b[1][2 * s + 1]}, a[i][s]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float first = fmaf(p.scaling, d[2 * half], w[half].x);
-        const float second = fmaf(p.scaling, d[2 * half + 1], w[half].y);
+        const float first = Folded ? d[2 * half] : fmaf(p.scaling, d[2 * half], w[half].x);
+        const float second = Folded ? d[2 * half + 1] : fmaf(p.scaling, d[2 * half + 1], w[half].y);
         sum[half][0] = fmaf(first, first, sum[half][0]);
         sum[half][1] = fmaf(second, second, sum[half][1]);
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float all = sum[half][0] + sum[half][1];
-      all += __shfl_xor_sync(~0u, all, 1);
-      all += __shfl_xor_sync(~0u, all, 2);
-      if (lane % 4 == 0) sums[warp * static_cast<int>(tiles_per_block) * 16 + row + half * 8 + lane / 4] = all;
-    }
+    // Even lanes add up rows g, odd ones rows g + 8.
+    const float top = sum[0][0] + sum[0][1], bottom = sum[1][0] + sum[1][1];
+    float all = (odd ? bottom : top) + __shfl_xor_sync(~0u, odd ? top : bottom, 1);
+    all += __shfl_xor_sync(~0u, all, 2);
+    if (lane % 4 < 2) own_sums[row] = all;
   }
 
   __syncthreads();
@@ -184,34 +203,43 @@ __device__ __forceinline__ void walk_rows(const NormProblem<T>& p, int64_t tiles
 template <typename T, typename Tile>
 struct DenseRows {
   static_assert(Tile::kWidth == 8, "16 bytes");
+  static constexpr bool kSharesB = false;
   struct Part {
     uint4 words[2][Tile::kPieces];
   };
 
   const NormProblem<T>& p;
-  const T* from = nullptr;
+  Part next{};
+  const T* from = nullptr;  // this lane's first weight in row g of the next tile
   int64_t below = 0;
+  int rows = 0;  // from row g of the block on
   int left = 0;  // columns from this lane's first on, or more than it needs
 
-  __device__ __forceinline__ void start(int64_t row, int64_t column0) {
+  __device__ __forceinline__ void start(int64_t row0, int block_rows, int64_t column0) {
+    const int g = threadIdx.x % 32 / 4;
     const int64_t column = column0 + threadIdx.x % 4 * 8;
-    from = p.weight + row * p.in + column;
+    from = p.weight + (row0 + g) * p.in + column;
     below = 8 * p.in;
+    rows = block_rows - g;
     left = static_cast<int>(p.in - column < Tile::kColumns ? p.in - column : Tile::kColumns);
   }
 
-  __device__ __forceinline__ void fetch(Part& part, int half) const {
+  __device__ __forceinline__ void fetch(int row) {
 #pragma unroll
-    for (int piece = 0; piece < Tile::kPieces; ++piece) {
-      if (left > piece * 32) {
-        part.words[half][piece] = __ldg(reinterpret_cast<const uint4*>(from + half * below + piece * 32));
+    for (int half = 0; half < 2; ++half) {
+      if (row + half * 8 >= rows) continue;
+#pragma unroll
+      for (int piece = 0; piece < Tile::kPieces; ++piece) {
+        if (left > piece * 32) {
+          next.words[half][piece] = __ldg(reinterpret_cast<const uint4*>(from + half * below + piece * 32));
+        }
       }
     }
+    from += 2 * below;
   }
 
-  __device__ __forceinline__ void advance() { from += 2 * below; }
   __device__ __forceinline__ void share() const {}
-  __device__ __forceinline__ void prepare(Part&) const {}
+  __device__ __forceinline__ void take(Part& part) const { part = next; }
 
   __device__ __forceinline__ float2 pair(const Part& part, int half, int i) const {
     const uint4& v = part.words[half][i / 4];
@@ -234,7 +262,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   if (!is_stale(p.fingerprint)) return;
   DenseRows<T, Tile> source{p};
-  walk_rows<Tile>(p, tiles_per_block, source, reinterpret_cast<float*>(shared_bytes));
+  walk_rows<false, Tile>(p, tiles_per_block, source, reinterpret_cast<float*>(shared_bytes));
 }
 
 }  // namespace dora_ext
