@@ -16,14 +16,6 @@ def pytest_report_header():
 
 def pytest_addoption(parser):
     parser.addoption("--sample", type=int, metavar="N", help="run N parameter sets of each test, always the same")
-    parser.addoption(
-        "--products", default="auto", help="auto, library or hopper: see torch.ops.dora_ext.choose_products"
-    )
-
-
-def pytest_configure(config):
-    if _load.module is not None:
-        torch.ops.dora_ext.choose_products(config.getoption("--products"))
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

@@ -127,6 +127,7 @@ def test_sharded_parameters(two, scenario):
     two.run(f"states.{scenario}")
 
 
+@pytest.mark.timeout(150)  # shows where it hangs, if it does
 @pytest.mark.parametrize("during", ["backward", "save"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])

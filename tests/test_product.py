@@ -126,7 +126,7 @@ def test_is_captured_and_replayed():
 
 
 @hopper
-def test_tiles_are_taken_by_whoever_is_free():
+def test_tiles_taken_when_free_give_what_a_captured_product_gives():
     """Products of all sizes follow one another on two streams at once, and beside one that holds many multiprocessors
     for long. The bits are those of a captured product, whose tiles are dealt out beforehand."""
     cases = [Case(*shape, 16, factors=True) for shape in [(4100, 1032, 136), (300, 264, 72), (2048, 4096, 64)]]

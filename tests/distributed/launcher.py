@@ -91,7 +91,7 @@ class Ranks:
             pipe.close()
         for process in self._processes:
             process.kill()
-            process.join()
+            process.join(20)  # it may be stuck in the GPU's driver
         self._processes, self._pipes = [], []
 
 
