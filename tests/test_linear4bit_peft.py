@@ -72,7 +72,7 @@ def test_errors_are_not_above_those_of_peft(bnb, dtype, double_quant):
 @NESTED
 def test_a_training_step_dequantises_twice(bnb, on_our_kernels, double_quant):
     base = linear4bit(bnb, double_quant, compute_dtype=torch.float32)
-    layer, x, grad_y = peft_layer(base, torch.float32), torch.randn(5, 128), torch.randn(5, 64)
+    layer, x, grad_y = peft_layer(base, torch.float32), torch.randn(12, 128), torch.randn(12, 64)
     with Dequantisations() as seen:
         results = step(layer, x, grad_y)
     assert seen.count == 2

@@ -89,13 +89,15 @@ def test_wider_parameters_get_gradients_in_their_own_dtype(device, dtype):
     case.check(case.backward(y, h, norm, gain), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("shape", [(99, 301, 299, 16), (1, 1501, 1403, 16), (7, 701, 601, 8)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_large_enough_for_our_own(transposed, bias):
+def test_products_large_enough_for_our_own(transposed, bias, shape):
     """csrc/cpu/product_cpu.cpp, on the processors where it multiplies: edges of its tiles, two depths, any strides."""
-    case = Case(99, 301, 299, 16, "cpu", torch.float32, transposed=transposed, bias=bias)
-    strided = torch.randn(99, 2 * 301)
-    for x in (case.x, strided[:, 1:302], strided[:, ::2]):
+    case = Case(*shape, "cpu", torch.float32, transposed=transposed, bias=bias)
+    tokens, features = shape[:2]
+    strided = torch.randn(tokens, 2 * features)
+    for x in (case.x, strided[:, 1 : features + 1], strided[:, ::2]):
         case.x = x
         y, h, norm, gain = case.forward()
         expected_y, expected = case.reference()

@@ -67,10 +67,12 @@ struct Kernels {
   // G = grad * mul[i] (null: not wanted), sums[i] = sum_j grad * (saved - sub[i]), sums[rows + i] = sum_j grad.
   void (*backward_by_row)(T* G, const T* grad, const T* saved, int64_t rows, int64_t columns, const A* mul,
                           const A* sub, A* sums);
-  // `count` weights packed in NF4 from bytes[0]'s high half on, an even number: codebook value times scale, rounded to
-  // T; the second leaves them as accumulators. Not for double (null).
-  void (*unpack_nf4)(T* out, const uint8_t* bytes, int64_t count, const float* codebook, float scale);
-  void (*unpack_nf4_wide)(A* out, const uint8_t* bytes, int64_t count, const float* codebook, float scale);
+  // `blocks` times `count` weights packed in NF4 from bytes[0]'s high half on, an even number each: codebook value
+  // times the block's scale, rounded to T; the second leaves them as accumulators. Not for double (null).
+  void (*unpack_nf4)(T* out, const uint8_t* bytes, int64_t blocks, int64_t count, const float* codebook,
+                     const float* scales);
+  void (*unpack_nf4_wide)(A* out, const uint8_t* bytes, int64_t blocks, int64_t count, const float* codebook,
+                          const float* scales);
 };
 
 // The loops for this machine.

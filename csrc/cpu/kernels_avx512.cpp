@@ -1,5 +1,8 @@
 // The loops for AVX-512: 32 registers of 64 bytes.
 #if defined(__x86_64__)
+// GCC 12 says that of its own intrinsics (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include <cstdint>

@@ -44,19 +44,24 @@ class Nf4Weight {
   template <typename T, typename Out>
   void unpack(int64_t begin, int64_t count, Out* out) const {
     const auto& loops = cpu::kernels<StoredAs<T>>();
+    constexpr int64_t kMostBlocks = 64;
+    float scales[kMostBlocks];
     for (const int64_t end = begin + count; begin < end;) {
-      const int64_t block = begin / blocksize_, stop = std::min(end, (block + 1) * blocksize_);
-      const float scale = scale_of(block);
-      const auto one = [&](int code) { return static_cast<Out>(static_cast<T>(kNf4.value[code] * scale)); };
+      // Whole blocks, or a piece of one.
+      const int64_t block = begin / blocksize_, whole = begin == block * blocksize_ ? (end - begin) / blocksize_ : 0;
+      const int64_t blocks = std::clamp<int64_t>(whole, 1, kMostBlocks);
+      const int64_t stop = whole > 0 ? begin + blocks * blocksize_ : std::min(end, (block + 1) * blocksize_);
+      for (int64_t i = 0; i < blocks; ++i) scales[i] = scale_of(block + i);
+      const auto one = [&](int code) { return static_cast<Out>(static_cast<T>(kNf4.value[code] * scales[0])); };
       if (begin % 2) *out++ = one(bytes_[begin++ / 2] & 15);
-      const int64_t pairs = (stop - begin) / 2 * 2;
+      const int64_t even = (stop - begin) / blocks / 2 * 2;
       if constexpr (std::is_same_v<Out, T>) {
-        loops.unpack_nf4(reinterpret_cast<StoredAs<T>*>(out), bytes_ + begin / 2, pairs, kNf4.value, scale);
+        loops.unpack_nf4(reinterpret_cast<StoredAs<T>*>(out), bytes_ + begin / 2, blocks, even, kNf4.value, scales);
       } else {
-        loops.unpack_nf4_wide(out, bytes_ + begin / 2, pairs, kNf4.value, scale);
+        loops.unpack_nf4_wide(out, bytes_ + begin / 2, blocks, even, kNf4.value, scales);
       }
-      out += pairs;
-      begin += pairs;
+      out += blocks * even;
+      begin += blocks * even;
       if (begin < stop) *out++ = one(bytes_[begin++ / 2] >> 4);
     }
   }

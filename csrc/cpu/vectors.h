@@ -39,14 +39,14 @@ inline HalfwordVector narrow(FloatVector v, BFloat16) {
   return __builtin_convertvector((x & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, HalfwordVector);
 }
 
-#if defined(__F16C__) && VECTOR_BYTES == 64
+#if VECTOR_BYTES == 64
 inline FloatVector widen(HalfwordVector h, Float16) {
   return bit_cast<FloatVector>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
 }
 inline HalfwordVector narrow(FloatVector v, Float16) {
   return bit_cast<HalfwordVector>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 }
-#elif defined(__F16C__) && VECTOR_BYTES == 32
+#elif VECTOR_BYTES == 32
 inline FloatVector widen(HalfwordVector h, Float16) {
   return bit_cast<FloatVector>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
 }
