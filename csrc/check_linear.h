@@ -6,12 +6,16 @@
 
 namespace dora_ext {
 
-// (..., features) as (tokens, features). Sizes are spelled out, because -1 is ambiguous in an empty batch.
-inline Tensor as_tokens(const Tensor& t) {
-  if (t.dim() == 2) return t;
+// Of t (..., features).
+inline int64_t count_tokens(const Tensor& t) {
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return t.reshape({tokens, t.size(-1)});
+  return tokens;
+}
+
+// (..., features) as (tokens, features). Sizes are spelled out, because -1 is ambiguous in an empty batch.
+inline Tensor as_tokens(const Tensor& t) {
+  return t.dim() == 2 ? t : t.reshape({count_tokens(t), t.size(-1)});
 }
 
 inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
@@ -40,7 +44,7 @@ inline void check_linear_backward(const char* op, const Tensor& grad_y, const Op
   check_device(op, "grad_y", grad_y, "x", x);
   if (y) check_shape(op, "y", *y, shape);
   TORCH_CHECK_VALUE(!want_b || bias, op, ": mask: asks for the gradient of a bias that is None");
-  check_shape(op, "h", h, {as_tokens(x).size(0), lora_A.size(0)});
+  check_shape(op, "h", h, {count_tokens(x), lora_A.size(0)});
 }
 
 inline void check_adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,

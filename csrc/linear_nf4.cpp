@@ -5,10 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "adapter_backward.h"
+#include "aligned.h"
 #include "check_decode.h"
 #include "check_linear.h"
 #include "inside_op.h"
@@ -29,14 +29,9 @@ Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10
           "dora_ext::dequantize_nf4");
   // Rounded once from fp32, so that this equals fp32 values that are rounded afterwards.
   const bool direct = dtype == at::kFloat && is_half(to);
-  return op
-      .call(packed, absmax, blocksize, shape, direct ? to : dtype, nested_absmax, nested_code, offset, nested_blocksize,
-            row_gain)
-      .to(to);
-}
-
-Tensor as_rows(const Tensor& t, int64_t columns) {
-  return t.reshape({t.numel() / std::max<int64_t>(1, columns), columns});
+  return in_dtype(op.call(packed, absmax, blocksize, shape, direct ? to : dtype, nested_absmax, nested_code, offset,
+                          nested_blocksize, row_gain),
+                  to);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
@@ -52,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
   InsideOp guard;
   check_float(name, "x", x);
   if (!dense && !rest && shape.size() == 2 && x.dim() > 0) {
-    const Tensor tokens = as_rows(x, x.size(-1));
+    const Tensor tokens = as_tokens(x);
     if (decode_nf4_fits(tokens, packed, blocksize, C10_AS_INTARRAYREF_SLOW(shape), dtype)) {
       static auto decode = find_op<std::tuple<Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType,
@@ -71,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
   const auto [y, h, n, g] = op.call(x, W, lora_A, lora_B, magnitude, bias, norm, gain, scaling, false);
   if (!rest) return {y, h, at::empty({0}, y.options())};
   check_shape(name, "rest", *rest, x.sizes());
-  const Tensor total = at::addmm(as_rows(y, W.size(0)), as_rows(*rest, W.size(1)), W.t());
+  const Tensor total = at::addmm(as_tokens(y), as_tokens(*rest), W.t());
   return {y, h, total.view(y.sizes())};
 }
 
@@ -149,7 +144,7 @@ Nf4Gradients linear_nf4_backward(const Tensor& grad_y, const OptionalTensor& y, 
                           x.scalar_type());
   const auto [dx, dA, dB, dm, db] =
       op.call(grad_y, y, x, h, W, lora_A, lora_B, magnitude, bias, norm, gain, scaling, false, mask & 31);
-  const Tensor grad_rest = mask & 32 ? product(as_rows(grad_y.to(W.scalar_type()), W.size(0)), W).view(x.sizes())
+  const Tensor grad_rest = mask & 32 ? product(as_tokens(in_dtype(grad_y, W.scalar_type())), W).view(x.sizes())
                                      : at::empty({0}, x.options());
   return {dx, dA, dB, dm, db, grad_rest};
 }

@@ -1,4 +1,4 @@
-// linear_decode_nf4 on the CPU: a few rows of W are unpacked at a time and multiply all tokens before they leave the L2
+// linear_decode_nf4 on the CPU: a piece of W is unpacked at a time and multiplies all tokens before it leaves the L1
 // cache, so that nothing of W's size is written.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -1,8 +1,7 @@
 // The loops of kernels.h, for one instruction set. The including file sets VECTOR_BYTES, TILE_ROWS and TILE_VECTORS
 // (rows x vectors of a tile that stays in registers, with what feeds it) and INSTRUCTION_SET, the namespace. 64 bytes
-// stand for AVX-512 with all that came before it, 32 for AVX2, FMA and F16C: the compiler's own macros (__AVX2__) don't
-// follow
-// `#pragma GCC target` in C++ before GCC 13.
+// stand for AVX-512 with all that came before it, 32 for AVX2, FMA and F16C: before GCC 13 the compiler's own macros
+// (__AVX2__) don't follow its target pragma in C++.
 
 namespace dora_ext::cpu {
 namespace INSTRUCTION_SET {

@@ -43,22 +43,29 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
       : "memory");
 }
 
+#define DORA_BARRIER_WAIT(order)              \
+  uint32_t ended;                             \
+  do {                                        \
+    asm volatile(                             \
+        "{\n.reg .pred ended;\n"              \
+        "mbarrier.try_wait.parity" order      \
+        ".shared::cta.b64 ended, [%1], %2;\n" \
+        "selp.u32 %0, 1, 0, ended;\n}\n"      \
+        : "=r"(ended)                         \
+        : "r"(barrier), "r"(parity)           \
+        : "memory");                          \
+  } while (ended == 0)
+
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 for the third... Of a fresh
 // barrier, the phase before the first counts as ended.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t ended;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}\n"
-        : "=r"(ended)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (ended == 0);
+  DORA_BARRIER_WAIT("");
 }
+// The same for what ordinary stores of another block of the cluster wrote (tell_number_at).
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  DORA_BARRIER_WAIT(".acquire.cluster");
+}
+#undef DORA_BARRIER_WAIT
 
 // Writes a number into the shared memory of block `rank` of the cluster and arrives at a barrier there; both addresses
 // are those of this block. Who has waited by barrier_wait_for_cluster reads the number.
@@ -73,21 +80,6 @@ __device__ __forceinline__ void tell_number_at(uint32_t address, uint32_t number
       "}\n" ::"r"(address),
       "r"(number), "r"(barrier), "r"(rank)
       : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t ended;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}\n"
-        : "=r"(ended)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (ended == 0);
 }
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
