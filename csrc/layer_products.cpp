@@ -39,6 +39,14 @@ bool hopper_takes(const Tensor& left, const Tensor& right, const Tensor& tail, b
          hopper_product_wins(left.size(0), right.size(right_transposed ? 1 : 0), left.size(1));
 }
 
+// Whether it also makes the forward's h, on multiprocessors that would be idle in its last round.
+bool hopper_makes_hidden(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool transposed) {
+  static auto fits = find_op<bool(const Tensor&, const Tensor&, const Tensor&)>("dora_ext::hopper_forward_fits");
+  const Products which = chosen;
+  if (transposed || !x.is_cuda() || which == Products::kLibrary || !fits.call(x, weight, lora_A)) return false;
+  return which == Products::kHopper || hopper_product_wins(x.size(0), weight.size(0), weight.size(1));
+}
+
 Tensor hopper_product(const Tensor& left, const Tensor& right, const Tensor& left_tail, const Tensor& right_tail,
                       const OptionalTensor& gain, const OptionalTensor& bias, bool right_transposed) {
   static auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -75,13 +83,22 @@ std::string choose_products(std::string_view which) {
 
 }  // namespace
 
-Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& h, const Tensor& lora_B,
-                       const Tensor& gain, const OptionalTensor& bias, double scaling) {
+std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weight, bool transposed,
+                                            const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
+                                            const OptionalTensor& bias, double scaling) {
   const auto dtype = x.scalar_type();
+  if (hopper_makes_hidden(x, weight, lora_A, transposed)) {
+    static auto op =
+        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                           const OptionalTensor&, double)>("dora_ext::hopper_forward");
+    return op.call(x, weight, lora_A, lora_B, gain, bias, scaling);
+  }
+  const Tensor h = product_with_narrow(x, in_dtype(lora_A, dtype).t());
   if (hopper_takes(x, weight, h, transposed)) {
     const Tensor B = scaled_to(lora_B, scaling, dtype);
     const OptionalTensor b = bias ? OptionalTensor(in_dtype(*bias, at::kFloat)) : std::nullopt;
-    return hopper_product(x, weight, h, aligned(transposed ? B.t() : B, 16), in_dtype(gain, at::kFloat), b, transposed);
+    const Tensor tail = aligned(transposed ? B.t() : B, 16);
+    return {hopper_product(x, weight, h, tail, in_dtype(gain, at::kFloat), b, transposed), h};
   }
   Tensor y;
   OptionalTensor rest = bias;
@@ -94,7 +111,7 @@ Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, c
     y = product(x, transposed ? weight : weight.t());
   }
   compose_op_(y, h, lora_B, gain, rest, scaling);
-  return y;
+  return {y, h};
 }
 
 Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {

@@ -4,13 +4,16 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
+
 #include "check.h"
 
 namespace dora_ext {
 
-// y = g * (x W^T + s h B^T) + bias
-Tensor forward_product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& h, const Tensor& lora_B,
-                       const Tensor& gain, const OptionalTensor& bias, double scaling);
+// y = g * (x W^T + s h B^T) + bias, and h = x A^T
+std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weight, bool transposed,
+                                            const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
+                                            const OptionalTensor& bias, double scaling);
 
 // dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be.
 Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);

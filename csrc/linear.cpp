@@ -26,6 +26,21 @@ std::tuple<Tensor, Tensor> norm_op(const Tensor& weight, const Tensor& lora_A, c
   return op.call(weight, lora_A, lora_B, magnitude, scaling, transposed);
 }
 
+// What norm_cached keeps between calls.
+struct KeptNorms {
+  Tensor &cached, &fingerprint;
+  int64_t epoch;
+};
+
+std::tuple<Tensor, Tensor> norm_cached_op(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                          const Tensor& magnitude, double scaling, bool transposed,
+                                          const KeptNorms& kept) {
+  static auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool,
+                                         Tensor&, Tensor&, int64_t)>("dora_ext::norm_cached");
+  return op.call(weight, lora_A, lora_B, magnitude, scaling, transposed, kept.cached, kept.fingerprint, kept.epoch);
+}
+
 std::tuple<Tensor, Tensor> decode_op(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                      const Tensor& gain, const OptionalTensor& bias, double scaling) {
   static auto op =
@@ -42,36 +57,50 @@ void magnitude_grad_recover_op_(Tensor& grad_magnitude, const Tensor& grad_y, co
   op.call(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, const Tensor& weight,
+                                                   const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                                                   const OptionalTensor& bias, const OptionalTensor& gain,
+                                                   double scaling, bool transposed, const KeptNorms* kept) {
+  InsideOp guard;
+  check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
+  if (gain) check_feature(op, "gain", *gain, lora_B.size(0), weight);
+  Tensor n, g;
+  if (gain) {
+    // An op whose schema declares no alias must not return its arguments; the caller has them.
+    n = at::empty({0}, gain->options());
+    g = at::empty({0}, gain->options());
+  } else {
+    std::tie(n, g) = kept == nullptr ? norm_op(weight, lora_A, lora_B, magnitude, scaling, transposed)
+                                     : norm_cached_op(weight, lora_A, lora_B, magnitude, scaling, transposed, *kept);
+  }
+  const Tensor tokens = as_tokens(x);
+  const Tensor& used_gain = gain ? *gain : g;
+  const auto [y, h] = !transposed && decode_fits(tokens, weight)
+                          ? decode_op(tokens, weight, lora_A, lora_B, used_gain, bias, scaling)
+                          : forward_products(tokens, weight, transposed, lora_A, lora_B, used_gain, bias, scaling);
+  auto shape = x.sizes().vec();
+  shape.back() = y.size(1);
+  return {in_shape(y, shape), h, n, g};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                                                           const Tensor& lora_B, const Tensor& magnitude,
                                                           const OptionalTensor& bias, const OptionalTensor& norm,
                                                           const OptionalTensor& gain, double scaling, bool transposed) {
   const char* op = "dora_ext::linear_forward";
-  InsideOp guard;
-  check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
   TORCH_CHECK_VALUE(norm.has_value() == gain.has_value(), op, ": norm and gain: expected both or neither");
-  Tensor n, g;
-  if (norm) {
-    check_feature(op, "norm", *norm, lora_B.size(0), weight);
-    check_feature(op, "gain", *gain, lora_B.size(0), weight);
-    // An op whose schema declares no alias must not return its arguments; the caller has them.
-    n = at::empty({0}, norm->options());
-    g = at::empty({0}, gain->options());
-  } else {
-    std::tie(n, g) = norm_op(weight, lora_A, lora_B, magnitude, scaling, transposed);
-  }
-  const Tensor tokens = as_tokens(x);
-  const Tensor& used_gain = gain ? *gain : g;
-  Tensor y, h;
-  if (!transposed && decode_fits(tokens, weight)) {
-    std::tie(y, h) = decode_op(tokens, weight, lora_A, lora_B, used_gain, bias, scaling);
-  } else {
-    h = product_with_narrow(tokens, in_dtype(lora_A, x.scalar_type()).t());
-    y = forward_product(tokens, weight, transposed, h, lora_B, used_gain, bias, scaling);
-  }
-  auto shape = x.sizes().vec();
-  shape.back() = y.size(1);
-  return {in_shape(y, shape), h, n, g};
+  if (norm) check_feature(op, "norm", *norm, lora_B.size(0), weight);
+  return forward(op, x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, transposed, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward_cached(const Tensor& x, const Tensor& weight,
+                                                                 const Tensor& lora_A, const Tensor& lora_B,
+                                                                 const Tensor& magnitude, const OptionalTensor& bias,
+                                                                 double scaling, bool transposed, Tensor& cached,
+                                                                 Tensor& fingerprint, int64_t epoch) {
+  const KeptNorms kept{cached, fingerprint, epoch};
+  return forward("dora_ext::linear_forward_cached", x, weight, lora_A, lora_B, magnitude, bias, std::nullopt, scaling,
+                 transposed, &kept);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
@@ -126,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
 
 TORCH_LIBRARY_IMPL(dora_ext, CompositeExplicitAutograd, m) {
   m.impl("linear_forward", linear_forward);
+  m.impl("linear_forward_cached", linear_forward_cached);
   m.impl("linear_backward", linear_backward);
 }
 

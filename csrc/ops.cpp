@@ -27,6 +27,11 @@ TORCH_LIBRARY(dora_ext, m) {
       "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
       " Tensor? norm, Tensor? gain, float scaling, bool transposed=False)"
       " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
+  // The same with the norms through a cache, as norm_cached has it.
+  m.def(
+      "linear_forward_cached(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
+      " float scaling, bool transposed, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
+      " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
   // mask: bit 0 x, 1 lora_A, 2 lora_B, 3 magnitude, 4 bias. y, the saved output, serves to find u again; without
   // it (None: not saved, or overwritten since) u is computed once more, if the magnitude's gradient is asked for.
   m.def(
@@ -107,6 +112,14 @@ TORCH_LIBRARY(dora_ext, m) {
       "hopper_product_fits(Tensor left, Tensor right, Tensor? left_tail=None, Tensor? right_tail=None,"
       " bool right_transposed=False) -> bool");
 
+  // y and h = x A^T of a linear layer in that one product, which makes h first: x (tokens, in), weight (out, in).
+  m.def(
+      "hopper_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? bias, float scaling)"
+      " -> (Tensor y, Tensor h)");
+  // Would it take them? As hopper_product_fits; a rank of a multiple of 8 up to 32; a last round of tiles that leaves
+  // part of the GPU to h.
+  m.def("hopper_forward_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
+
   // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
   // y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), (*ids.shape, dim), in weight's dtype. An id out of range gives
   // a row of NaN and no bad access; the Python function refuses it before, where it can look.
@@ -166,8 +179,9 @@ TORCH_LIBRARY(dora_ext, m) {
 // Gradients are made outside the ops, by torch.autograd.Function in Python; n and g have none (DoRA, section 4.3). Said
 // here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
 TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
-  for (const char* op : {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_backward",
-                         "linear_nf4_forward", "linear_nf4_backward", "embedding_forward", "embedding_backward"}) {
+  for (const char* op :
+       {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_forward_cached",
+        "linear_backward", "linear_nf4_forward", "linear_nf4_backward", "embedding_forward", "embedding_backward"}) {
     m.impl(op, torch::CppFunction::makeFallthrough());
   }
 }

@@ -24,6 +24,24 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
   return wide <= narrow ? ProductChoice{256, wide} : ProductChoice{128, narrow};
 }
 
+// In how many stretches of how many rows of tiles a product makes h first (product_first.cuh). A row of tiles, 256 rows
+// of h, takes a pair of blocks 12 us at k = 4096: more than two of them, and tiles wait for h; more than eight pairs at
+// once, and they take the memory from those that multiply. None where the last round leaves too few pairs idle.
+struct Stretches {
+  int64_t count, rows_of_tiles;  // rows of tiles in each
+};
+inline Stretches choose_stretches(int64_t rows, int64_t columns, int64_t multiprocessors) {
+  constexpr int64_t kPairs = 8, kLongest = 2, kMost = 128;
+  const int64_t width = choose_product(rows, columns, multiprocessors).width, pairs = multiprocessors / 2;
+  const int64_t rows_of_tiles = (rows + 255) / 256, tiles = rows_of_tiles * ((columns + width - 1) / width);
+  const int64_t idle = std::min(kMost, product_rounds(rows, columns, width, multiprocessors) * pairs - tiles);
+  for (int64_t stretch = std::min(kLongest, (rows_of_tiles + kPairs - 1) / kPairs); stretch <= kLongest; ++stretch) {
+    const int64_t count = (rows_of_tiles + stretch - 1) / stretch;
+    if (count <= idle) return {count, stretch};
+  }
+  return {0, 0};
+}
+
 // Is hopper_product with a tail expected to be done before a library product and the pass over its result that it
 // spares? The library is taken to be as fast as a GPU full of our tiles, but to have tiles for few of them; the pass
 // takes 2 us and 3.3 more for what a round computes. H100 and H200 have 132 multiprocessors.

@@ -10,8 +10,6 @@ that this process keeps is a fourth tensor: gathering the same W again costs no 
 moved. Nothing waits for it.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -62,11 +60,12 @@ class NormCache:
             return False
         return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def get(self, tensors: tuple[Tensor, ...], constants: tuple, out: int, compute: Callable) -> tuple[Tensor, Tensor]:
-        """`compute(op, *state)` runs the norm's op; returns n and g, fresh tensors (out,)."""
+    def state(self, tensors: tuple[Tensor, ...], constants: tuple, out: int) -> tuple:
+        """(cached, fingerprint, epoch) for an op that takes them, norm_cached for one; () if nothing can be kept of
+        these tensors, whose first is W."""
         weight = tensors[0]
-        if any(t.is_inference() for t in tensors):
-            return compute(torch.ops.dora_ext.norm.default)
+        if not self.usable(weight) or any(t.is_inference() for t in tensors):
+            return ()
         # Not torch.cuda.current_stream(): making its object costs as much as a launch.
         stream = torch._C._cuda_getCurrentRawStream(weight.device.index) if weight.is_cuda else 0
         storage = weight.untyped_storage()._cdata
@@ -90,7 +89,7 @@ class NormCache:
             if not self._key or [p[0] for p in places] != [p[0] for p in self._key[0]]:
                 self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
-        return compute(torch.ops.dora_ext.norm_cached.default, self._norm, self._fingerprint, self._epoch)
+        return self._norm, self._fingerprint, self._epoch
 
     def __deepcopy__(self, memo: dict) -> "NormCache":
         return NormCache()

@@ -1,6 +1,8 @@
 """torch.ops.dora_ext.linear_forward and linear_backward as they are, without autograd around them, against
 dora_ext.reference in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -213,6 +215,35 @@ def test_given_norm_and_gain_are_used_and_not_returned_as_they_are(device):
     bias = case.layer["bias"]
     assert_close(doubled - bias, 2 * (y - bias), 1e-5)
     assert norm_out.numel() == gain_out.numel() == 0  # the caller has them
+
+
+def test_cached_norms(device):
+    """linear_forward_cached is norm_cached and linear_forward at once."""
+    case = Case(33, 40, 56, 8, device, torch.float32)
+    t = case.layer
+    kept = torch.full((56,), float("nan"), device=device)
+    fingerprint = torch.zeros(4, dtype=torch.int64, device=device)
+    factors = (case.x, t["weight"], t["lora_A"], t["lora_B"], t["magnitude"], t["bias"], case.scaling, False)
+
+    def expect(results, computed):
+        assert int(fingerprint[3]) == computed
+        for got, wanted in zip(results, case.forward(), strict=True):
+            assert torch.equal(got, wanted)
+
+    run = partial(torch.ops.dora_ext.linear_forward_cached, *factors, kept, fingerprint)
+    expect(run(), 1)
+    expect(run(), 1)
+    assert torch.equal(kept, case.forward()[2])
+    t["lora_B"].mul_(2)
+    expect(run(), 2)
+    expect(run(1), 3)  # another epoch
+    kept.mul_(2)
+    y, _, norm, _ = run(1)
+    assert torch.equal(norm, kept) and int(fingerprint[3]) == 3  # taken as they are
+    assert_close(y - t["bias"], (case.forward()[0] - t["bias"]) / 2, 1e-5)
+    torch.library.opcheck(torch.ops.dora_ext.linear_forward_cached, (*factors, kept, fingerprint, 0))
+    with pytest.raises(ValueError, match="cached: expected shape"):
+        torch.ops.dora_ext.linear_forward_cached(*factors, kept[1:], fingerprint)
 
 
 def test_inside_the_ops_nothing_is_recorded_or_recast(device):

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../product_choice.h"
@@ -20,11 +21,12 @@ struct ProductMatrices {
 };
 
 inline bool has_product_kernel() {
-  return has_hopper_code(product_kernel<__half, HopperTile<128>, false>);
+  return has_hopper_code(product_kernel<__half, HopperTile<128>, false, NothingFirst>);
 }
 
-template <typename T, typename Tile, bool RightTransposed>
-cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int multiprocessors, cudaStream_t stream) {
+template <typename T, typename Tile, bool RightTransposed, typename First>
+cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
+                                 cudaStream_t stream) {
   constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
   ProductMaps maps{};
   if (!encode_map<T>(&maps.left, m.left, Tile::kRows) || !encode_map<T>(&maps.right, m.right, kRightHeight) ||
@@ -33,7 +35,7 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int
                       !encode_map<T>(&maps.right_tail, m.right_tail, kRightHeight)))) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = product_kernel<T, Tile, RightTransposed>;
+  const auto kernel = product_kernel<T, Tile, RightTransposed, First>;
   allow_shared(kernel, Tile::kSharedBytes);
   const int64_t tiles = (int64_t{p.rows} + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows) *
                         ((p.columns + Tile::kColumns - 1) / Tile::kColumns);
@@ -43,27 +45,23 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, int
   cluster.val.clusterDim.x = Tile::kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((tiles < clusters ? tiles : clusters) * Tile::kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(p.first + tiles, clusters) * Tile::kCluster));
   config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, maps, p);
+  return cudaLaunchKernelEx(&config, kernel, maps, p, first);
 }
 
 // p.group is chosen here: 4 was as fast as 8 and 16 or up to 4% faster at every shape.
-template <typename T>
-cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, bool right_transposed, int multiprocessors,
+template <typename T, bool RightTransposed, typename First>
+cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
                            cudaStream_t stream) {
-  const auto launch = [&](auto tile) {
-    using Tile = decltype(tile);
-    return right_transposed ? launch_product_tiles<T, Tile, true>(m, p, multiprocessors, stream)
-                            : launch_product_tiles<T, Tile, false>(m, p, multiprocessors, stream);
-  };
   p.group = 4;
-  return choose_product(p.rows, p.columns, multiprocessors).width == 256 ? launch(HopperTile<256>{})
-                                                                         : launch(HopperTile<128>{});
+  return choose_product(p.rows, p.columns, multiprocessors).width == 256
+             ? launch_product_tiles<T, HopperTile<256>, RightTransposed>(m, p, first, multiprocessors, stream)
+             : launch_product_tiles<T, HopperTile<128>, RightTransposed>(m, p, first, multiprocessors, stream);
 }
 
 }  // namespace dora_ext

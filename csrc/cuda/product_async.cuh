@@ -161,6 +161,28 @@ __device__ __forceinline__ void stored_boxes_read() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Word from one block to the others of the grid, through counters in global memory. Whoever has read a count, and then
+// called words_before_results(), sees what was written before, by ordinary reads and through the TMA. Each thread that
+// wrote calls results_before_word(), they all meet, and one of them gives word.
+
+__device__ __forceinline__ void results_before_word() {
+  __threadfence();
+  asm volatile("fence.proxy.async.global;\n" ::: "memory");
+}
+__device__ __forceinline__ void give_word(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ unsigned words_given(const unsigned* counter) {
+  unsigned given;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];\n" : "=r"(given) : "l"(counter));
+  return given;
+}
+__device__ __forceinline__ void words_before_results() {
+  __threadfence();
+  asm volatile("fence.proxy.async.global;\n" ::: "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // wgmma. A warpgroup multiplies 64 x 16 by 16 x N out of shared memory; sums in fp32 registers, spread as mma_m16n8k16
 // spreads them: warp w has rows 16 w to 16 w + 15, and d[4 j] to d[4 j + 3] are its fragment of columns 8 j to 8 j + 7.
 //
@@ -202,14 +224,16 @@ __device__ __forceinline__ void sums_are_ready(float (&d)[N]) {
 // "%10, %11, ... %19, " for 1; d[i], d[i + 1], ... as operands.
 #define DORA_TEN(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define DORA_SIXTY \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " DORA_TEN(1) DORA_TEN(2) DORA_TEN(3) DORA_TEN(4) DORA_TEN(5)
+#define DORA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DORA_16 DORA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define DORA_SIXTY DORA_8 ", %8, %9, " DORA_TEN(1) DORA_TEN(2) DORA_TEN(3) DORA_TEN(4) DORA_TEN(5)
 #define DORA_64 DORA_SIXTY "%60, %61, %62, %63"
 #define DORA_128 \
   DORA_SIXTY DORA_TEN(6) DORA_TEN(7) DORA_TEN(8) DORA_TEN(9) DORA_TEN(10) DORA_TEN(11) "%120, %121, %122, %123, %124, " \
                                                                                        "%125, %126, %127"
 #define DORA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define DORA_D16(i) DORA_D4(i), DORA_D4(i + 4), DORA_D4(i + 8), DORA_D4(i + 12)
+#define DORA_D8(i) DORA_D4(i), DORA_D4(i + 4)
+#define DORA_D16(i) DORA_D8(i), DORA_D8(i + 8)
 #define DORA_D64(i) DORA_D16(i), DORA_D16(i + 16), DORA_D16(i + 32), DORA_D16(i + 48)
 // shape, the list of sums in the text, the numbers of the four operands after them, the sums as operands
 #define DORA_WGMMA(shape, type, list, a, b, p, t, ...)                                                                 \
@@ -235,12 +259,31 @@ __device__ __forceinline__ void multiply_k16(float (&d)[64], uint64_t left, uint
     DORA_WGMMA("m64n128k16", "bf16", DORA_64, "%64", "%65", "%66", "%67", DORA_D64(0));
   }
 }
+template <typename T, bool RightTransposed>
+__device__ __forceinline__ void multiply_k16(float (&d)[16], uint64_t left, uint64_t right, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    DORA_WGMMA("m64n32k16", "f16", DORA_16, "%16", "%17", "%18", "%19", DORA_D16(0));
+  } else {
+    DORA_WGMMA("m64n32k16", "bf16", DORA_16, "%16", "%17", "%18", "%19", DORA_D16(0));
+  }
+}
+template <typename T, bool RightTransposed>
+__device__ __forceinline__ void multiply_k16(float (&d)[8], uint64_t left, uint64_t right, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    DORA_WGMMA("m64n16k16", "f16", DORA_8, "%8", "%9", "%10", "%11", DORA_D8(0));
+  } else {
+    DORA_WGMMA("m64n16k16", "bf16", DORA_8, "%8", "%9", "%10", "%11", DORA_D8(0));
+  }
+}
 
 #undef DORA_TEN
+#undef DORA_8
+#undef DORA_16
 #undef DORA_SIXTY
 #undef DORA_64
 #undef DORA_128
 #undef DORA_D4
+#undef DORA_D8
 #undef DORA_D16
 #undef DORA_D64
 #undef DORA_WGMMA

@@ -14,15 +14,15 @@
 // ProductProblem.
 #pragma once
 
-#include "product_tiles.cuh"
+#include "product_first.cuh"
 
 namespace dora_ext {
 
 // One thread: asks for all stages of all tiles. The full ones of both parts come first, then the two rests, which the
 // other side multiplies in fewer steps. In the first block of a cluster it also takes the tiles: `next` is the first.
-template <typename Tile, bool RightTransposed>
-__device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const ProductProblem& p, uint32_t shared,
-                                            uint32_t loaded, uint32_t freed, uint32_t next) {
+template <typename Tile, bool RightTransposed, typename First>
+__device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const ProductProblem& p, const First& f,
+                                            uint32_t shared, uint32_t loaded, uint32_t freed, uint32_t next) {
   constexpr uint16_t kEveryBlock = (1 << Tile::kCluster) - 1;
   const int part = static_cast<int>(cluster_rank()) * Tile::kPartOfRight;
   RingPlace<Tile::kStages> place;
@@ -48,8 +48,16 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
   if (takes) tile.tell(next);
   while (tile.advance()) {
     if (takes) next = atomicAdd(p.counters, 1);  // the answer comes while the stages are asked for
+    if constexpr (First::kAny) {
+      if (tile.stretch >= 0) {
+        fetch_stretch(f, tile, maps.left, p.inner, place, shared, loaded, freed);
+        if (takes) tile.tell(next);
+        continue;
+      }
+    }
     const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
     for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
+    if constexpr (First::kAny) await_stretch<Tile>(f, tile);
     for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
     if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
     if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
@@ -61,13 +69,14 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
   }
 }
 
-// gain and bias of a thread's columns in one box of the result: two in every eight.
+// gain and bias of a thread's columns in a stretch of 8 kEights: two in every eight.
+template <int kEights>
 struct ColumnFactors {
-  float2 gain[8], bias[8];
+  float2 gain[kEights], bias[kEights];
 
   __device__ __forceinline__ void load(const ProductProblem& p, int column) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < kEights; ++j) {
       const bool inside = column + 8 * j < p.columns;
       gain[j] = inside && p.gain != nullptr ? __ldg(reinterpret_cast<const float2*>(p.gain + column + 8 * j))
                                             : make_float2(1.0f, 1.0f);
@@ -77,33 +86,39 @@ struct ColumnFactors {
   }
 };
 
-// One warpgroup: its 64 rows of the tile, box by box, through shared memory.
-template <typename T, typename Tile>
-__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors& factors,
+// One warpgroup: its 64 rows of the tile, box by box, through shared memory. A box in one stretch, or in two.
+template <typename T, typename Tile, int kEights>
+__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors<kEights>& factors,
                                            const ProductMaps& maps, const ProductProblem& p, int row, int column,
                                            uint32_t boxes, int warpgroup) {
+  constexpr int kParts = 8 / kEights;
   const int lane = threadIdx.x % 32;
   const uint32_t to_row = (threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
 #pragma unroll
-  for (int box = 0; box < Tile::kColumns / 64; ++box) {
+  for (int part = 0; part < Tile::kColumns / 64 * kParts; ++part) {
+    const int box = part / kParts, first = part % kParts * kEights;
     const uint32_t to = boxes + box % 2 * Tile::kBoxBytes;
-    uint32_t rounded[8][2];
+    uint32_t rounded[kEights][2];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float* d = sums + box * 32 + j * 4;
+    for (int j = 0; j < kEights; ++j) {
+      const float* d = sums + box * 32 + (first + j) * 4;
       const float2 gain = factors.gain[j], bias = factors.bias[j];
       rounded[j][0] = pack<T>(fmaf(d[0], gain.x, bias.x), fmaf(d[1], gain.y, bias.y));
       rounded[j][1] = pack<T>(fmaf(d[2], gain.x, bias.x), fmaf(d[3], gain.y, bias.y));
     }
-    if (box + 1 < Tile::kColumns / 64) factors.load(p, column + (box + 1) * 64 + lane % 4 * 2);
-    // The box that was here two boxes ago must have left.
-    if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
-    warpgroup_sync(1 + warpgroup);
+    if (part + 1 < Tile::kColumns / 64 * kParts) {
+      factors.load(p, column + (part + 1) * 8 * kEights + lane % 4 * 2);
+    }
+    if (first == 0) {  // the box that was here two boxes ago must have left
+      if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
+      warpgroup_sync(1 + warpgroup);
+    }
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      store_matrix_x4(to + to_row + ((j + lane / 16) ^ lane % 8) * 16,
+    for (int j = 0; j < kEights; j += 2) {
+      store_matrix_x4(to + to_row + ((first + j + lane / 16) ^ lane % 8) * 16,
                       {rounded[j][0], rounded[j][1], rounded[j + 1][0], rounded[j + 1][1]});
     }
+    if (part % kParts + 1 < kParts) continue;
     stores_before_tma();
     warpgroup_sync(1 + warpgroup);
     if (threadIdx.x % 128 == 0) store_box(&maps.result, to, column + box * 64, row);
@@ -111,9 +126,9 @@ __device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 
 }
 
 // A warpgroup that multiplies.
-template <typename T, typename Tile, bool RightTransposed>
-__device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const ProductProblem& p, uint32_t shared,
-                                               uint32_t loaded, uint32_t freed, int warpgroup) {
+template <typename T, typename Tile, bool RightTransposed, typename First>
+__device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const ProductProblem& p, const First& f,
+                                               uint32_t shared, uint32_t loaded, uint32_t freed, int warpgroup) {
   constexpr uint64_t kLeftStep = 32 >> 4, kRightStep = (RightTransposed ? 16 * 128 : 32) >> 4;
   const int lane = threadIdx.x % 32;
   const uint64_t left0 = describe_inner_contiguous(shared + warpgroup * 64 * Tile::kInner * 2);
@@ -124,7 +139,16 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
 
   RingPlace<Tile::kStages> place;
   TileWalk<Tile> tile(p, shared);
+  const auto free_stage = [&](int stage) {
+    if (stage >= 0 && lane < Tile::kCluster) barrier_arrive_at(freed + stage * 8, lane);
+  };
   while (tile.advance()) {
+    if constexpr (First::kAny) {
+      if (tile.stretch >= 0) {
+        make_stretch<Tile>(f, tile, p, place, shared, loaded, freed, warpgroup);
+        continue;
+      }
+    }
     float sums[Tile::kColumns / 2];
     int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
     const auto multiply = [&](int step) {
@@ -132,9 +156,6 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
       multiply_k16<T, RightTransposed>(sums, left0 + at + step * kLeftStep, right0 + at + step * kRightStep,
                                        accumulate);
       accumulate = 1;
-    };
-    const auto free_stage = [&](int stage) {
-      if (stage >= 0 && lane < Tile::kCluster) barrier_arrive_at(freed + stage * 8, lane);
     };
     for (int i = 0; i < full; ++i) {
       barrier_wait(loaded + place.stage * 8, place.parity);
@@ -161,7 +182,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
       place.advance();
     }
     const int row = tile.row + warpgroup * 64;
-    ColumnFactors factors;
+    ColumnFactors<First::kEights> factors;
     factors.load(p, tile.column + lane % 4 * 2);
     products_wait<0>();
     sums_are_ready(sums);
@@ -172,9 +193,10 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
   if (threadIdx.x % 128 == 0) stored_boxes_read<0>();
 }
 
-template <typename T, typename Tile, bool RightTransposed>
+template <typename T, typename Tile, bool RightTransposed, typename First>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    product_kernel(const __grid_constant__ ProductMaps maps, const __grid_constant__ ProductProblem p) {
+    product_kernel(const __grid_constant__ ProductMaps maps, const __grid_constant__ ProductProblem p,
+                   const __grid_constant__ First f) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char product_shared[];
   const uint32_t shared = shared_address(product_shared);
@@ -197,15 +219,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (threadIdx.x == 256) {
       prefetch_map(&maps.left);
       prefetch_map(&maps.right);
-      fetch_tiles<Tile, RightTransposed>(maps, p, shared, loaded, freed, first);
+      fetch_tiles<Tile, RightTransposed>(maps, p, f, shared, loaded, freed, first);
     }
   } else {
     take_registers<232>();
-    multiply_tiles<T, Tile, RightTransposed>(maps, p, shared, loaded, freed, warp / 4);
+    multiply_tiles<T, Tile, RightTransposed>(maps, p, f, shared, loaded, freed, warp / 4);
   }
   // No block leaves while another may still reach into its shared memory.
   __syncwarp();
   cluster_sync();
+  if constexpr (First::kAny) {
+    if (warp == 0 && cluster_rank() == 0) leave_stretches(f, gridDim.x / Tile::kCluster);
+  }
 #endif
 }
 

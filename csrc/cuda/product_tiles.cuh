@@ -16,6 +16,7 @@ struct ProductProblem {
   const float* bias;               // (columns,), on 8 bytes, or null: 0
   int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
   int group;                       // of rows of tiles that are walked down before the next column of tiles
+  int first;                       // numbers before those of the tiles: of what is made first (product_first.cuh)
   // Two zeros that are left as zeros: how many tiles were taken, and how many clusters have found none. No two products
   // at once may share them. Null: of n clusters, each takes every n-th tile.
   unsigned* counters;
@@ -61,15 +62,17 @@ struct RingPlace {
 // what runs at once is nearly square and finds the operands in L2.
 template <typename Tile>
 struct TileWalk {
-  int rows_of_tiles, columns_of_tiles, group, number;
+  const ProductProblem& p;
+  int rows_of_tiles, columns_of_tiles, number;
   uint32_t numbers;         // where they are told, or 0: dealt out beforehand
   int taken = 0;            // tiles, by this cluster
   int row = 0, column = 0;  // of the tile, in numbers
+  int stretch = -1;         // or else the number of what is made first
 
   __device__ __forceinline__ TileWalk(const ProductProblem& p, uint32_t shared)
-      : rows_of_tiles((p.rows + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows)),
+      : p(p),
+        rows_of_tiles((p.rows + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows)),
         columns_of_tiles((p.columns + Tile::kColumns - 1) / Tile::kColumns),
-        group(p.group),
         number(static_cast<int>(blockIdx.x) / Tile::kCluster),
         numbers(p.counters != nullptr ? shared + Tile::kNumbersAt : 0) {}
 
@@ -82,10 +85,13 @@ struct TileWalk {
       number += static_cast<int>(gridDim.x) / Tile::kCluster;
     }
     ++taken;
-    if (number >= rows_of_tiles * columns_of_tiles) return false;
-    const int first = number / (group * columns_of_tiles) * group, within = number % (group * columns_of_tiles);
-    const int rows_here = min(group, rows_of_tiles - first);
-    row = ((first + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
+    stretch = number < p.first ? number : -1;
+    if (stretch >= 0) return true;
+    const int tile = number - p.first;
+    if (tile >= rows_of_tiles * columns_of_tiles) return false;
+    const int in_group = p.group * columns_of_tiles, first_row = tile / in_group * p.group, within = tile % in_group;
+    const int rows_here = min(p.group, rows_of_tiles - first_row);
+    row = ((first_row + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
     column = within / rows_here * Tile::kColumns;
     return true;
   }

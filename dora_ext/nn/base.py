@@ -150,13 +150,17 @@ class DoraBase(nn.Module):
     def _dense_weight(self) -> Tensor:
         return dense_weight(self.base_layer) if self.quantised else self.base_layer.weight
 
-    def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """n and g (out,) of W, A, B, m, as the forward has them at hand."""
+    def _refuse_shards(self, *tensors: Tensor) -> None:
+        """W, A, B, m, as the forward has them at hand."""
         if any(map(is_sharded, tensors)):
             raise RuntimeError(
                 f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, "
                 "not on its base_layer alone, whose forward it never calls"
             )
+
+    def _norm_and_gain(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """n and g (out,) of W, A, B, m."""
+        self._refuse_shards(*tensors)
         # A dequantised weight is another tensor each time: nothing to remember it by.
         cache = None if self.quantised else self.norm_cache
         return norm_and_gain(*tensors, scaling=self.scaling, transposed=self.transposed, cache=cache)

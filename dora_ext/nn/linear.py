@@ -168,8 +168,8 @@ class DoraLinear(DoraBase):
     def _forward(self, x: Tensor) -> Tensor:
         base = self._modules["base_layer"]
         weight, adapter = base.weight, (*self._factors(), self.magnitude)
-        norm, gain = self._norm_and_gain(weight, *adapter)
-        options = {"scaling": self.scaling, "transposed": self.transposed, "norm": norm, "gain": gain}
+        self._refuse_shards(weight, *adapter)
+        options = {"scaling": self.scaling, "transposed": self.transposed, "cache": self.norm_cache}
         if not (self.training and self.dropout):
             return dora_linear(x, weight, *adapter, base.bias, **options)
         dropped = F.dropout(x, self.dropout)

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
+from ..norm_cache import NormCache
 from ._registry import accumulate_dtype, autocast_dtype, fake
+from .norm import norm_and_gain
 
 # Bits of linear_backward's mask, in the order of its results.
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
@@ -28,6 +30,12 @@ def _asked_for(mask: int, like: tuple) -> tuple[Tensor, ...]:
     )
 
 
+@fake("linear_forward_cached")
+def _(x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed, cached, fingerprint, epoch=0):
+    h = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]))
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0])), h, torch.empty_like(cached), torch.empty_like(cached)
+
+
 @fake("linear_backward")
 def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, mask):
     return _asked_for(mask, (x, lora_A, lora_B, magnitude, bias))
@@ -45,14 +53,22 @@ def once(backward: Callable) -> Callable:
     return lambda ctx, grad: (checked if torch.is_grad_enabled() else backward)(ctx, grad)
 
 
+def _forward(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state):
+    """y, h, n, g."""
+    ops = torch.ops.dora_ext
+    if state:
+        inputs = (x, weight, lora_A, lora_B, magnitude, bias)
+        return ops.linear_forward_cached.default(*inputs, scaling, transposed, *state)
+    y, h, *computed = ops.linear_forward.default(
+        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed
+    )
+    return y, h, *(computed if norm is None else (norm, gain))
+
+
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed):
-        y, h, *computed = torch.ops.dora_ext.linear_forward.default(
-            x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed
-        )
-        if norm is None:
-            norm, gain = computed
+    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state):
+        y, h, norm, gain = _forward(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state)
         needs = ctx.needs_input_grad
         ctx.mask = _X * needs[0] + _A * needs[2] + _B * needs[3] + _MAGNITUDE * needs[4] + _BIAS * needs[5]
         ctx.scaling, ctx.transposed, ctx.magnitude_dtype = scaling, transposed, magnitude.dtype
@@ -72,7 +88,7 @@ class _DoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         return (
             dx if needs[0] else None, None, dA if needs[2] else None, dB if needs[3] else None,
-            dm if needs[4] else None, db if needs[5] else None, None, None, None, None,
+            dm if needs[4] else None, db if needs[5] else None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -135,6 +151,7 @@ def dora_linear(
     transposed: bool = False,
     norm: Tensor | None = None,
     gain: Tensor | None = None,
+    cache: NormCache | None = None,
 ) -> Tensor:
     """y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / |W + s B A|: DoRA (arXiv 2402.09353, equation 5).
 
@@ -145,7 +162,8 @@ def dora_linear(
         weight: W (out, in), or (in, out) when `transposed`; the dtype of x. It gets no gradient.
         lora_A, lora_B, magnitude, bias: (r, in), (out, r), (out,), (out,); may be of a wider dtype than x. Their
             gradients come back in their own dtype, summed in float32.
-        norm, gain: (out,), from `norm_and_gain`, if at hand; otherwise they are computed here.
+        norm, gain: (out,), from `norm_and_gain`, if at hand; otherwise they are computed here...
+        cache: ...which reuses the norm while nothing changed.
 
     Returns:
         (..., out) in x's (or autocast's) dtype.
@@ -160,11 +178,14 @@ def dora_linear(
     if dtype is not None:
         if weight.dtype != dtype and norm is None:
             # The norm is that of the weight as stored, not of its rounded copy.
-            from .norm import norm_and_gain
-
-            norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed)
+            norm, gain = norm_and_gain(
+                weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed, cache=cache
+            )
         x, weight = x.to(dtype), weight.detach().to(dtype)
-    operands = (x, weight.detach(), lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed)
+    state = ()
+    if cache is not None and norm is None:
+        state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])
+    operands = (x, weight.detach(), lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, state)
     if not torch.is_grad_enabled():  # a third of the host's time is the node's
-        return torch.ops.dora_ext.linear_forward.default(*operands)[0]
+        return _forward(*operands)[0]
     return _DoraLinear.apply(*operands)

@@ -63,16 +63,15 @@ def norm_and_gain(
             magnitude = magnitude.flatten().to(norm.dtype)
             return norm, torch.where(norm > 0, magnitude / norm, 0.0)
 
+    state = ()
+    if cache is not None:
+        known_by = (weight if stored is None else stored, lora_A, lora_B)
+        state = cache.state(known_by, (scaling, transposed), lora_B.shape[0])
     # Not under no_grad, whose coming and going costs as much as a small launch: these ops record nothing (ops.cpp).
-    def compute(op, *state):
-        w, a, b = (weight, lora_A, lora_B) if dims <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
-        m = magnitude if magnitude.dim() == 1 else magnitude.flatten()
-        return op(w, a, b, m, scaling, transposed, *state)
-
-    stored = weight if stored is None else stored
-    if cache is None or not cache.usable(stored):
-        return compute(torch.ops.dora_ext.norm.default)
-    return cache.get((stored, lora_A, lora_B), (scaling, transposed), lora_B.shape[0], compute)
+    op = torch.ops.dora_ext.norm_cached.default if state else torch.ops.dora_ext.norm.default
+    w, a, b = (weight, lora_A, lora_B) if dims <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
+    m = magnitude if magnitude.dim() == 1 else magnitude.flatten()
+    return op(w, a, b, m, scaling, transposed, *state)
 
 
 def _conv_as_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

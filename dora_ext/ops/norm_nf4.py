@@ -77,20 +77,14 @@ def norm_and_gain_nf4(
     require()
     # Not under no_grad, as in norm_and_gain.
     magnitude = magnitude if magnitude.dim() == 1 else magnitude.flatten()
+    state = ()
+    if cache is not None:
+        scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
+        constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
+        state = cache.state((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0])
     if has_norm_nf4(q.packed.device):
-
-        def compute(_: object, *state: Tensor | int) -> tuple[Tensor, Tensor]:
-            op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
-            return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
-
-    else:
-        dense = dequantize_nf4(q) if dense is None else dense
-
-        def compute(op, *state: Tensor | int) -> tuple[Tensor, Tensor]:
-            return op(dense, lora_A, lora_B, magnitude, scaling, False, *state)
-
-    if cache is None or not cache.usable(q.packed):
-        return compute(torch.ops.dora_ext.norm.default)
-    scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
-    constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
-    return cache.get((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0], compute)
+        op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
+        return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
+    dense = dequantize_nf4(q) if dense is None else dense
+    op = torch.ops.dora_ext.norm_cached if state else torch.ops.dora_ext.norm
+    return op.default(dense, lora_A, lora_B, magnitude, scaling, False, *state)

@@ -6,3 +6,8 @@ from ._registry import fake
 @fake("hopper_product")
 def _(left, right, left_tail=None, right_tail=None, gain=None, bias=None, right_transposed=False):
     return left.new_empty(left.shape[0], right.shape[1 if right_transposed else 0])
+
+
+@fake("hopper_forward")
+def _(x, weight, lora_A, lora_B, gain, bias, scaling):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])

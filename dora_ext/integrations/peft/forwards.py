@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.conv import convolve
+from ...norm_cache import NormCache
 from ...ops import dora_conv, dora_embedding, dora_linear, norm_and_gain
 from ...ops._registry import autocast_dtype
 from ...ops.linear import add_product
@@ -64,26 +65,22 @@ def _dropped(layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
     return x if not layer.training or type(dropout) is nn.Identity else dropout(x)
 
 
-def _operands(
-    layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False
-) -> tuple[tuple[Tensor, ...], dict] | None:
-    """(W, A, B, m) over a dense W, and scaling, norm and gain; None if x is not for us."""
+def _operands(layer: nn.Module, adapter: str, x: Tensor) -> tuple[tuple[Tensor, ...], float, NormCache] | None:
+    """(W, A, B, m) over a dense W, the scaling, and the norm's cache; None if x is not for us."""
     weight = layer._modules["base_layer"]._parameters["weight"]
     if not _takes(x, weight):
         return None
     dora, m = _magnitude(layer, adapter)
-    tensors, scaling = (weight, *_factors(layer, adapter), m), layer.scaling[adapter]
-    norm, gain = norm_and_gain(*tensors, scaling=scaling, transposed=transposed, cache=dora.norm_cache)
-    return tensors, {"scaling": scaling, "norm": norm, "gain": gain}
+    return (weight, *_factors(layer, adapter), m), layer.scaling[adapter], dora.norm_cache
 
 
 def _linear(layer: nn.Module, adapter: str, x: Tensor, transposed: bool = False) -> Tensor | None:
-    operands = _operands(layer, adapter, x, transposed)
+    operands = _operands(layer, adapter, x)
     if operands is None:
         return None
-    tensors, options = operands
+    tensors, scaling, cache = operands
     dropped, bias = _dropped(layer, adapter, x), layer._modules["base_layer"]._parameters["bias"]
-    y = dora_linear(dropped, *tensors, bias, transposed=transposed, **options)
+    y = dora_linear(dropped, *tensors, bias, scaling=scaling, transposed=transposed, cache=cache)
     return y if dropped is x else add_product(y, x - dropped, tensors[0] if transposed else tensors[0].T)
 
 
@@ -107,12 +104,14 @@ def _conv(layer: nn.Module, adapter: str, x: Tensor) -> Tensor | None:
     operands = _operands(layer, adapter, x)
     if operands is None:
         return None
-    tensors, options = operands
+    tensors, scaling, cache = operands
+    norm, gain = norm_and_gain(*tensors, scaling=scaling, cache=cache)
     base, dropped = layer._modules["base_layer"], _dropped(layer, adapter, x)
     bias = base._parameters["bias"]
     y = dora_conv(
         dropped, *tensors, bias if dropped is x else None, stride=base.stride, padding=base.padding,
-        dilation=base.dilation, groups=base.groups, padding_mode=base.padding_mode, **options,
+        dilation=base.dilation, groups=base.groups, padding_mode=base.padding_mode, scaling=scaling,
+        norm=norm, gain=gain,
     )  # fmt: skip
     return y if dropped is x else y + convolve(base, x - dropped, tensors[0], bias, base.groups)
 
