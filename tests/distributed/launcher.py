@@ -99,6 +99,8 @@ def _serve(rank: int, world: int, device: str, meeting: str, timeout: float, pip
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # NCCL's watchdog ends a process by SIGABRT: no files of gigabytes
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    # Under FSDP2 the watchdog itself gets stuck behind a collective whose other rank is gone; torch gives it 8 minutes.
+    os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = str(round(timeout))
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(here)
