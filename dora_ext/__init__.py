@@ -22,6 +22,7 @@ from dora_ext.nn import (
 )
 from dora_ext.norm_cache import invalidate_norms
 from dora_ext.ops import dequantize_nf4, quantize_nf4
+from dora_ext.quantizing import quantize_layers
 from dora_ext.unloading import merge, trainable_parameters, unload, unmerge
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
     "DoraLinearLayer", "DoraEmbeddingLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer",
     "DoraConfig", "inject", "trainable_parameters", "merge", "unmerge", "unload",
     "save_adapter", "load_adapter", "load_kohya", "AdapterError",
-    "NF4Linear", "quantize_nf4", "dequantize_nf4",
+    "NF4Linear", "quantize_layers", "quantize_nf4", "dequantize_nf4",
     "invalidate_norms",
 ]  # fmt: skip
 

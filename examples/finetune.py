@@ -37,6 +37,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3)
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda, ... (default: the GPU where there is one)")
+    add("--nf4", action="store_true", help="pack the model's linear layers into 4 bits first (QDoRA)")
     add("--peft", action="store_true", help="the same through PEFT's DoRA, to compare with")
     add("--quick", action="store_true", help="a few steps, to see that it works")
     args = parser.parse_args(argv)
@@ -44,6 +45,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, low in (("steps", 1), ("batch", 1), ("seq_len", 2), ("rank", 1)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}")
+    if args.nf4 and args.peft:
+        parser.error("--nf4: packs layers of dora_ext's own, which PEFT does not know; leave out --peft")
     return args
 
 
@@ -149,9 +152,12 @@ def run(args: argparse.Namespace) -> int:
     # Spread over the held-out part, and few enough that measuring takes less time than training.
     held_out = held_out[:: math.ceil(len(held_out) / (4 if args.quick else 32))]
     model.to(dtype).config.use_cache = False
+    if args.nf4:
+        dora.pack(model)
     fresh = copy.deepcopy(model)  # untouched base weights, to load the adapter into later
     loading = time.perf_counter() - begin
-    print(f"{base_name} on {device}, {str(dtype).removeprefix('torch.')}, read in {loading:.0f} s; "
+    kept = f"{str(dtype).removeprefix('torch.')}{', packed in NF4' if args.nf4 else ''}"
+    print(f"{base_name} on {device}, {kept}, read in {loading:.0f} s; "
           f"{learn.numel():,} tokens to learn from, {held_out.numel():,} held out")  # fmt: skip
 
     torch.manual_seed(args.seed)

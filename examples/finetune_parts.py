@@ -94,10 +94,16 @@ class OurDora:
 
     name = "dora_ext"
 
-    def wrap(self, model: nn.Module, r: int, alpha: float) -> nn.Module:
+    def pack(self, model: nn.Module) -> None:
         import dora_ext
 
         dora_ext.load()  # builds the kernels where the installation has none
+        dora_ext.quantize_layers(model)
+
+    def wrap(self, model: nn.Module, r: int, alpha: float) -> nn.Module:
+        import dora_ext
+
+        dora_ext.load()
         return dora_ext.inject(model, r=r, alpha=alpha)
 
     def save(self, model: nn.Module, folder: Path, base_name: str) -> None:

@@ -38,11 +38,12 @@ def finetune(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("packed", [(), ("--nf4",)], ids=["dense", "nf4"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_trains_saves_reloads_and_merges(tmp_path, device):
+def test_trains_saves_reloads_and_merges(tmp_path, device, packed):
     pytest.importorskip("matplotlib")
     output = tmp_path / "out"
-    process = start("--output", output, "--steps", 12, "--device", device)
+    process = start("--output", output, "--steps", 12, "--device", device, *packed)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
     facts = json.loads((output / "metrics.json").read_text())
@@ -51,6 +52,7 @@ def test_trains_saves_reloads_and_merges(tmp_path, device):
     assert facts["perplexity_reloaded"] == pytest.approx(facts["perplexity_after"], rel=5e-5)
     assert facts["perplexity_merged"] == pytest.approx(facts["perplexity_after"], rel=1e-4 if device == "cpu" else 2e-2)
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert ("packed in NF4" in text) == bool(packed)
     for word in ("perplexity before", "perplexity after", "loaded into a fresh model", "merged", "tokens/s", "loss"):
         assert word in text
 
@@ -93,6 +95,16 @@ def test_text_of_ones_own(tmp_path, finetune, capsys):
 def test_mistakes_are_told_in_a_line(tmp_path, finetune, capsys, options, message):
     always = ["--model", "tiny", "--device", "cpu", "--output", str(tmp_path), "--steps", "5"]
     assert finetune.main(always + options) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--nf4", "--peft"], "--nf4: packs layers"), (["--seq-len", "1"], "--seq-len: expected at least 2, got 1")],
+)
+def test_wrong_options_are_told_before_anything_is_read(finetune, capsys, options, message):
+    with pytest.raises(SystemExit):
+        finetune.main(options)
     assert message in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dora_ext import NF4Linear
 from dora_ext.injection import dora_layers
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,15 @@ def test_configured_model():
     assert names["ranks"] == {"layers.0.q_proj": (8, 32), "layers.1.q_proj": (8, 16), "layers.1.up_proj": (16, 16)}
     for (name, after), plain in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(after, plain) != (name.removesuffix(".weight") in names["ranks"]), name
+
+
+def test_packed_model():
+    (code,) = (s for s in SNIPPETS if "quantize_layers(model)" in s)
+    model = nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
+    exec(code, {"model": model})
+    assert [type(layer.base_layer) for layer in dora_layers(model).values()] == [NF4Linear, NF4Linear]
+    model(torch.randn(3, 64)).sum().backward()
+    assert model[0].magnitude.grad.abs().sum() > 0
 
 
 def test_peft(capsys):

@@ -13,6 +13,11 @@ from .nf4_linear import NF4Linear
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def has_dense_weight(layer: nn.Module) -> bool:
+    """Floating point, not packed in any way, and not shared out among processes."""
+    return type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype in FLOAT_DTYPES
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """The layer's weight itself where it is dense, else a new tensor, dequantised in the dtype that it had before.
     A weight of which FSDP2 keeps a part on each rank is collected.
@@ -23,7 +28,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if packed is not None:
         return dequantize_nf4(packed)
     weight, state = _weight_and_state(layer)
-    if type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOAT_DTYPES and state is None:
+    if state is None and has_dense_weight(layer):
         return weight
     if hasattr(layer, "W_q"):  # HQQ
         return layer.dequantize()

@@ -15,7 +15,7 @@ from ..ops._registry import autocast_dtype, without_autocast
 from ..ops.linear import add_product
 from ..ops.linear_nf4 import linear_packed, linear_unpacked
 from .base import ADAPTER, DoraBase
-from .base_weight import FLOAT_DTYPES, dense_in, dense_weight, packed_weight
+from .base_weight import dense_in, dense_weight, has_dense_weight, packed_weight
 from .nf4_linear import NF4Linear, requantised_like
 
 
@@ -113,7 +113,7 @@ class DoraLinear(DoraBase):
             if quantize != "nf4":
                 raise ValueError(f'DoraLinear: quantize: expected "nf4" or None, got {quantize!r}')
             cls._check_base(layer)
-            if type(layer.weight) not in (Tensor, nn.Parameter) or layer.weight.dtype not in FLOAT_DTYPES:
+            if not has_dense_weight(layer):
                 got = f"{type(layer).__name__} with {type(layer.weight).__name__} of {layer.weight.dtype}"
                 raise ValueError(f"DoraLinear: quantize: expected a layer with a dense weight, got {got}")
             with gathered(layer):
