@@ -32,6 +32,25 @@ struct LowRank {
   const A* panels;
 };
 
+// Rows of a weight packed in NF4, from its weight `begin` on, which `bytes` begins with, and `scales` with its block's.
+struct Nf4Rows {
+  const uint8_t* bytes;
+  int64_t begin, columns;
+  int block_shift;
+  const float *codebook, *scales;
+};
+constexpr int64_t kNf4MostRows = 16;
+constexpr int64_t kNf4Step = 128;  // rows for the loops below have a multiple of it, and blocks 64 weights at least
+
+// One to eight tokens, of X, times rows packed in NF4. Null where this machine has no such loops.
+template <typename X>
+struct Nf4Product {
+  // x (tokens, columns) as `multiply` wants it.
+  void (*arrange)(X* to, const X* x, int64_t tokens, int64_t columns);
+  // out[token * ld + row] of the first `rows` rows, kNf4MostRows at most
+  void (*multiply)(float* out, int64_t ld, const Nf4Rows& w, int64_t rows, const X* arranged, int64_t tokens);
+};
+
 // Every kernel works on the calling thread. T: element type of the large matrices, A: accumulators, and all small ones.
 template <typename T, typename A = acc_type<T>>
 struct Kernels {
@@ -73,10 +92,15 @@ struct Kernels {
                      const float* scales);
   void (*unpack_nf4_wide)(A* out, const uint8_t* bytes, int64_t blocks, int64_t count, const float* codebook,
                           const float* scales);
+  // Weights are rounded to T. Not for double (null).
+  Nf4Product<float> nf4_product;
 };
 
 // The loops for this machine.
 template <typename T>
 const Kernels<T>& kernels();
+
+// Tokens and rounded weights in bfloat16, products and sums in float.
+const Nf4Product<BFloat16>& nf4_product_bfloat16();
 
 }  // namespace dora_ext::cpu

@@ -16,18 +16,27 @@ DORA_EXT_DECLARE(float)
 DORA_EXT_DECLARE(double)
 DORA_EXT_DECLARE(BFloat16)
 DORA_EXT_DECLARE(Float16)
+const Nf4Product<BFloat16>& avx512_bf16_nf4_product();
 
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         at::get_cpu_capability() != "DEFAULT";
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         at::get_cpu_capability() == "AVX512";
+}
+#endif
 
 template <typename T>
 const Kernels<T>& choose() {
 #if defined(__x86_64__)
-  const std::string allowed = at::get_cpu_capability();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && allowed == "AVX512") return avx512_kernels(T());
-  if (avx2 && allowed != "DEFAULT") return avx2_kernels(T());
+  if (has_avx512()) return avx512_kernels(T());
+  if (has_avx2()) return avx2_kernels(T());
 #endif
   return baseline_kernels(T());
 }
@@ -44,5 +53,14 @@ DORA_EXT_CHOOSE(float)
 DORA_EXT_CHOOSE(double)
 DORA_EXT_CHOOSE(BFloat16)
 DORA_EXT_CHOOSE(Float16)
+
+const Nf4Product<BFloat16>& nf4_product_bfloat16() {
+  static constexpr Nf4Product<BFloat16> none{};
+#if defined(__x86_64__)
+  static const bool here = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  if (here) return avx512_bf16_nf4_product();
+#endif
+  return none;
+}
 
 }  // namespace dora_ext::cpu

@@ -11,10 +11,6 @@ namespace INSTRUCTION_SET {
 // Columns of panels that are swept before the rows move on, so that large ranks stay in the L2 cache.
 constexpr int64_t kPanelBytes = 512 * 1024;
 
-inline int64_t min(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 template <typename T>
 constexpr int64_t kPanel = TILE_VECTORS * kLanes<T>;
 
@@ -266,6 +262,24 @@ void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t 
 #include "narrow_loops.h"
 #include "nf4_loops.h"
 
+#if VECTOR_BYTES == 64
+#include "nf4_product_loops.h"
+
+template <typename T>
+constexpr Nf4Product<float> nf4_product() {
+  if constexpr (sizeof(T) == 8) {
+    return {};
+  } else {
+    return {arrange_nf4<Nf4Floats<T>>, multiply_nf4<Nf4Floats<T>>};
+  }
+}
+#else
+template <typename T>
+constexpr Nf4Product<float> nf4_product() {
+  return {};
+}
+#endif
+
 template <typename T>
 Kernels<T> table() {
   return {kPanel<T>,
@@ -280,7 +294,8 @@ Kernels<T> table() {
           backward_by_column<T>,
           backward_by_row<T>,
           unpack_nf4_or_null<T, T>(),
-          unpack_nf4_or_null<T, acc_type<T>>()};
+          unpack_nf4_or_null<T, acc_type<T>>(),
+          nf4_product<T>()};
 }
 
 }  // namespace INSTRUCTION_SET

@@ -66,6 +66,13 @@ class Nf4Weight {
     }
   }
 
+  // The scales of `count` blocks.
+  void scales(int64_t first, int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) out[i] = scale_of(first + i);
+  }
+  const uint8_t* bytes() const { return bytes_; }
+  int64_t blocksize() const { return blocksize_; }
+
  private:
   static Tensor contiguous(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
   static const float* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }

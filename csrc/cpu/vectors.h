@@ -2,6 +2,10 @@
 // the namespace of that instruction set, where VECTOR_BYTES is its register width. Only compiler vectors and builtins
 // here: an inline function of the standard library, compiled for AVX-512, could become the one that everybody links.
 
+inline int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 typedef float FloatVector __attribute__((vector_size(VECTOR_BYTES)));
 typedef double DoubleVector __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t WordVector __attribute__((vector_size(VECTOR_BYTES)));
