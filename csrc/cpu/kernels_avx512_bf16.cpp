@@ -18,8 +18,6 @@ namespace avx512_bf16 {
 #include "vectors.h"
 //
 #include "nf4_loops.h"
-//
-#include "nf4_product_loops.h"
 
 // As Nf4Floats: lane i, of 16 bits, holds the codes of weights 4 i to 4 i + 3, and neighbouring lanes' products are
 // added up.

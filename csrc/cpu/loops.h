@@ -262,24 +262,6 @@ void backward_by_row(T* G, const T* grad, const T* saved, int64_t rows, int64_t 
 #include "narrow_loops.h"
 #include "nf4_loops.h"
 
-#if VECTOR_BYTES == 64
-#include "nf4_product_loops.h"
-
-template <typename T>
-constexpr Nf4Product<float> nf4_product() {
-  if constexpr (sizeof(T) == 8) {
-    return {};
-  } else {
-    return {arrange_nf4<Nf4Floats<T>>, multiply_nf4<Nf4Floats<T>>};
-  }
-}
-#else
-template <typename T>
-constexpr Nf4Product<float> nf4_product() {
-  return {};
-}
-#endif
-
 template <typename T>
 Kernels<T> table() {
   return {kPanel<T>,

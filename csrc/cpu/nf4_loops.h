@@ -89,3 +89,12 @@ constexpr auto unpack_nf4_or_null() {
     return unpack_nf4<T, Out>;
   }
 }
+
+#if VECTOR_BYTES == 64
+#include "nf4_product_loops.h"
+#else
+template <typename T>
+constexpr Nf4Product<float> nf4_product() {
+  return {};
+}
+#endif

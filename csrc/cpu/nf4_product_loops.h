@@ -80,3 +80,12 @@ void multiply_nf4(float* out, int64_t ld, const Nf4Rows& w, int64_t rows, const 
     for (int token = 0; token < Tokens; ++token)
       out[token * ld + row] = static_cast<float>(sum_lanes(bit_cast<FloatVector>(sums[row][token])));
 }
+
+template <typename T>
+constexpr Nf4Product<float> nf4_product() {
+  if constexpr (sizeof(T) == 8) {
+    return {};
+  } else {
+    return {arrange_nf4<Nf4Floats<T>>, multiply_nf4<Nf4Floats<T>>};
+  }
+}
