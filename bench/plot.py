@@ -30,6 +30,7 @@ def ratios(row: dict, captions: dict[str, str]) -> tuple[str, dict[str, float]]:
 def draw(results: dict, path: Path) -> None:
     """A panel for each bench that took times, a line in it for each row, a point on that for each rival."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = [b for b in BENCHES.values() if hasattr(b, "label") and results.get(b.KEY)]
     if not panels:
@@ -47,9 +48,14 @@ def draw(results: dict, path: Path) -> None:
         ax.axvline(1, color="gray", linewidth=0.8)
         ax.set_yticks(range(len(rows)), [bench.label(row) for row in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.set_xlabel(f"time over {points[0][0]}")
         ax.set_title(f"{bench.TITLE}: {bench.HEADING}")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(", ".join(results[key] for key in ("device", "commit", "date") if key in results))
     figure.savefig(path, format="png", dpi=100)
 
 
