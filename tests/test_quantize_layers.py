@@ -50,6 +50,7 @@ def test_packs_all_but_the_head(device, double_quant, blocksize):
 
 
 def test_adapters_over_it_train_and_travel(tmp_path):
+    pytest.importorskip("safetensors")
     model = quantize_layers(Net())
     fresh = copy.deepcopy(model)
     before = [y.detach() for y in model(IDS)]
