@@ -3,8 +3,10 @@
     torchrun --nproc-per-node 2 -m bench.bench_distributed --engine fsdp2 --out fsdp2.json
 
 Every rank has its own tokens. Each method is timed on all ranks, and on rank 0 alone while the others wait: the
-scaling efficiency is the time alone over the time together. Random weights; adapters in float32 on all seven linear
-layers of each block under bfloat16 autocast, gradient checkpointing, AdamW. On a CPU, with --quick, over gloo.
+scaling efficiency is the time alone over the time together. Methods take turns, there and back, since what runs first in
+a process may be slower for it; times are medians over a method's steps in all turns. Random weights; adapters in float32
+on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, AdamW. On a CPU, with --quick,
+over gloo.
 """
 
 import argparse
@@ -132,7 +134,7 @@ class Times:
 
 
 def measure(method: str, args: argparse.Namespace, device: torch.device, group) -> dict:
-    """Median step time and peak memory of this rank in `group`; everything is let go of before it returns."""
+    """Times of steps and peak memory of this rank in `group`; everything is let go of before it returns."""
     switch = nullcontext()
     if method == "dora_ext_peft":
         from dora_ext.integrations.peft import enabled
@@ -162,10 +164,8 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, group) 
                 times.seconds.append(time.perf_counter() - start)
             losses.append(loss.item())
     trained = sum(p.numel() for p in parameters)
-    return {
-        "step_ms": 1e3 * statistics.median(times.seconds), "peak_mib": times.peak_mib(), "trained": trained,
-        "losses": losses,
-    }  # fmt: skip
+    steps = [1e3 * seconds for seconds in times.seconds]
+    return {"steps_ms": steps, "peak_mib": times.peak_mib(), "trained": trained, "losses": losses}
 
 
 def attempt(method: str, args: argparse.Namespace, device: torch.device, group) -> dict:
@@ -179,34 +179,54 @@ def attempt(method: str, args: argparse.Namespace, device: torch.device, group) 
             torch.cuda.empty_cache()
 
 
+def with_turn(before: dict | None, turn: dict) -> dict:
+    """A rank's result after one more turn: all steps, their median, the largest peak, the first losses."""
+    if "error" in turn or (before and "error" in before):
+        return turn if "error" in turn else before
+    steps = (before["steps_ms"] if before else []) + turn["steps_ms"]
+    peaks = [r["peak_mib"] for r in (before, turn) if r and r["peak_mib"] is not None]
+    changed = {"steps_ms": steps, "step_ms": statistics.median(steps), "peak_mib": max(peaks, default=None)}
+    return (before or turn) | changed
+
+
+def summary(parts: list[dict], one: dict | None) -> dict:
+    """Of a method's results, of each rank and of rank 0 alone."""
+    result: dict = {"ranks": parts}
+    errors = [p["error"] for p in parts if "error" in p]
+    if errors:
+        return result | {"error": errors[0]}
+    result["step_ms"] = max(p["step_ms"] for p in parts)
+    result["peak_mib"] = max((p["peak_mib"] for p in parts if p["peak_mib"] is not None), default=None)
+    if one is not None:
+        result["alone"] = one
+        if "error" not in one:
+            result["efficiency"] = one["step_ms"] / result["step_ms"]
+    return result
+
+
 def compare(args: argparse.Namespace, device: torch.device, note, keep: Callable[[dict], None]) -> dict[str, dict]:
     """Each method on all ranks and, if there are several, on rank 0 alone; `keep` gets what is there after each."""
     world, rank = dist.get_world_size(), dist.get_rank()
     everyone, alone = dist.new_group(), dist.new_group([0])
-    results = {}
-    for method in args.method:
-        note(f"{method}: {world} ranks")
-        mine = attempt(method, args, device, everyone)
-        parts: list = [None] * world
-        dist.all_gather_object(parts, mine)
-        result = results[method] = {"ranks": parts}
-        errors = [p["error"] for p in parts if "error" in p]
-        if errors:
-            result["error"] = errors[0]
+    results: dict[str, dict] = {}
+    for turn in range(args.turns):
+        for method in args.method if turn % 2 == 0 else reversed(args.method):
+            before = results.get(method, {})
+            if "error" in before:
+                continue
+            note(f"{method}: {world} ranks")
+            mine = with_turn(before["ranks"][rank] if before else None, attempt(method, args, device, everyone))
+            parts: list = [None] * world
+            dist.all_gather_object(parts, mine)
+            one: list = [None]
+            if world > 1 and not any("error" in p for p in parts):
+                note(f"{method}: 1 rank")
+                if rank == 0:
+                    one = [with_turn(before.get("alone"), attempt(method, args, device, alone))]
+                dist.broadcast_object_list(one, src=0)
+            results[method] = summary(parts, one[0])
             keep(results)
-            continue
-        result["step_ms"] = max(p["step_ms"] for p in parts)
-        peaks = [p["peak_mib"] for p in parts if p["peak_mib"] is not None]
-        result["peak_mib"] = max(peaks, default=None)
-        if world > 1:
-            note(f"{method}: 1 rank")
-            one: list = [attempt(method, args, device, alone) if rank == 0 else None]
-            dist.broadcast_object_list(one, src=0)
-            result["alone"] = one[0]
-            if "error" not in one[0]:
-                result["efficiency"] = one[0]["step_ms"] / result["step_ms"]
-        keep(results)
-    return results
+    return {method: results[method] for method in args.method}
 
 
 def table(results: dict[str, dict]) -> list[str]:
@@ -231,9 +251,9 @@ def table(results: dict[str, dict]) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.bench_distributed", description=__doc__.partition("\n")[0])
-    for name, default in (("layers", 8), ("hidden", 4096), ("intermediate", 14336), ("tokens", 4096), ("steps", 10)):
+    for name, default in (("layers", 8), ("hidden", 4096), ("intermediate", 14336), ("tokens", 4096), ("steps", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("warmup", 3), ("vocab", 32000), ("rank", 16)):
+    for name, default in (("warmup", 3), ("turns", 2), ("vocab", 32000), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--engine", choices=("ddp", "fsdp2"), default="fsdp2")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,18 +28,23 @@ def run(out: Path, *options: str, ranks: int = 2) -> dict:
 
 
 @pytest.mark.parametrize(
-    "engine, base, methods", [("fsdp2", "nf4", list(bench.METHODS)), ("ddp", "bf16", ["dora_ext", "peft_lora"])]
+    "engine, base, methods, turns",
+    [("fsdp2", "nf4", list(bench.METHODS), 1), ("ddp", "bf16", ["dora_ext", "peft_lora"], 2)],
 )
-def test_the_methods_train_the_same_model(tmp_path, engine, base, methods):
+def test_the_methods_train_the_same_model(tmp_path, engine, base, methods, turns):
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-    found = run(tmp_path / "r.json", "--engine", engine, "--base", base, "--method", *methods)
+    options = ["--engine", engine, "--base", base, "--turns", str(turns), "--method", *methods]
+    found = run(tmp_path / "r.json", *options)
     assert found["facts"]["ranks"] == 2 and found["settings"]["engine"] == engine
     results = found["distributed"]
     assert list(results) == methods
     for method, result in results.items():
         assert "error" not in result, f"{method}: {result}"
         assert result["efficiency"] == pytest.approx(result["alone"]["step_ms"] / result["step_ms"])
+        for one in (*result["ranks"], result["alone"]):
+            assert len(one["steps_ms"]) == turns * bench.QUICK["steps"]
+            assert one["step_ms"] == statistics.median(one["steps_ms"])
         losses = [torch.tensor(rank["losses"]) for rank in (*result["ranks"], result["alone"])]
         assert all(t.isfinite().all() for t in losses)
         # B starts at 0: before the first step each method is the base model. Rank 0 alone has the same tokens.
@@ -51,6 +57,19 @@ def test_the_methods_train_the_same_model(tmp_path, engine, base, methods):
     assert len(set(counts.values())) == 1 and counts["dora_ext"] > lora
     table = bench.table(results)
     assert len(table) == 2 + len(results) and "failed" not in "".join(table)
+
+
+def test_turns_are_put_together():
+    first = {"steps_ms": [3.0, 1.0], "peak_mib": 7.0, "trained": 5, "losses": [2.0]}
+    once = bench.with_turn(None, first)
+    assert once == first | {"step_ms": 2.0}
+    twice = bench.with_turn(once, {"steps_ms": [9.0], "peak_mib": 8.0, "trained": 5, "losses": [4.0]})
+    assert twice == {"steps_ms": [3.0, 1.0, 9.0], "step_ms": 3.0, "peak_mib": 8.0, "trained": 5, "losses": [2.0]}
+    error = {"error": "RuntimeError: out of luck"}
+    assert bench.with_turn(once, error) == bench.with_turn(error, once) == error
+    assert bench.summary([once, error], once) == {"ranks": [once, error], **error}
+    result = bench.summary([once, twice], once)
+    assert (result["step_ms"], result["peak_mib"], result["efficiency"]) == (3.0, 8.0, 2.0 / 3.0)
 
 
 def test_a_methods_failure_is_a_result(tmp_path, monkeypatch):
