@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 -m bench.bench_distributed --engine fsdp2 --out fsdp2.json
 
 Every rank has its own tokens. Each method is timed on all ranks, and on rank 0 alone while the others wait: the
-scaling efficiency is the time alone over the time together. Methods take turns, there and back, since what runs first in
-a process may be slower for it; times are medians over a method's steps in all turns. Random weights; adapters in float32
-on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, AdamW. On a CPU, with --quick,
-over gloo.
+scaling efficiency is the time alone over the time together. Methods take turns, there and back, since what runs first
+in a process may be slower for it; times are medians over a method's steps in all turns. Random weights; adapters in
+float32 on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, AdamW. On a CPU, with
+--quick, over gloo.
 """
 
 import argparse
