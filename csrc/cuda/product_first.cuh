@@ -40,14 +40,14 @@ struct HiddenFirst {
 struct Stretch {
   int first, last;
 };
-template <typename Tile, typename First>
-__device__ __forceinline__ Stretch stretch_of(const First& f, const TileWalk<Tile>& tile, int number) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ Stretch stretch_of(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile, int number) {
   return {number * f.stretch, min((number + 1) * f.stretch, tile.rows_of_tiles)};
 }
 
 // The thread that fetches: until the rows of the tile's tail are there.
-template <typename Tile, typename First>
-__device__ __forceinline__ void await_stretch(const First& f, const TileWalk<Tile>& tile) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ void await_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile) {
   const int number = tile.row / (Tile::kRows * Tile::kCluster) / f.stretch;
   const Stretch rows = stretch_of(f, tile, number);
   const auto all = static_cast<unsigned>((rows.last - rows.first) * Tile::kCluster * Tile::kRows / 64);
@@ -78,19 +78,20 @@ __device__ __forceinline__ void store_hidden(const HiddenFirst<T, kRanks>& f, co
 }
 
 // The thread that fetches: the stages of a stretch.
-template <typename Tile, typename First>
-__device__ __forceinline__ void fetch_stretch(const First& f, const TileWalk<Tile>& tile, const CUtensorMap& x,
-                                              int inner, RingPlace<Tile::kStages>& place, uint32_t shared,
-                                              uint32_t loaded, uint32_t freed) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ void fetch_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile,
+                                              const ProductMaps& maps, const ProductProblem& p,
+                                              RingPlace<Tile::kStages>& place, uint32_t shared, uint32_t loaded,
+                                              uint32_t freed) {
   const Stretch rows = stretch_of(f, tile, tile.stretch);
 #pragma unroll 1
   for (int i = rows.first; i < rows.last; ++i) {
     const int row = (i * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
-    for (int k = 0; k < inner; k += Tile::kInner) {
+    for (int k = 0; k < p.inner; k += Tile::kInner) {
       const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
       barrier_wait(freed + place.stage * 8, place.parity ^ 1);
-      barrier_arrive_expecting(barrier, Tile::kLeftBytes + First::kRanks * 128);
-      load_box(stage, &x, k, row, barrier);
+      barrier_arrive_expecting(barrier, Tile::kLeftBytes + kRanks * 128);
+      load_box(stage, &maps.left, k, row, barrier);
       load_box(stage + Tile::kLeftBytes, &f.lora_A, k, 0, barrier);
       place.advance();
     }
@@ -141,8 +142,8 @@ __device__ __forceinline__ void make_stretch(const HiddenFirst<T, kRanks>& f, co
 }
 
 // One warp of a cluster that is done with everything.
-template <typename First>
-__device__ __forceinline__ void leave_stretches(const First& f, unsigned clusters) {
+template <typename T, int kRanks>
+__device__ __forceinline__ void leave_stretches(const HiddenFirst<T, kRanks>& f, unsigned clusters) {
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "product_first.cuh"
+#include "product_last.cuh"
 
 namespace dora_ext {
 
@@ -50,14 +51,14 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
     if (takes) next = atomicAdd(p.counters, 1);  // the answer comes while the stages are asked for
     if constexpr (First::kAny) {
       if (tile.stretch >= 0) {
-        fetch_stretch(f, tile, maps.left, p.inner, place, shared, loaded, freed);
+        fetch_stretch(f, tile, maps, p, place, shared, loaded, freed);
         if (takes) tile.tell(next);
         continue;
       }
     }
     const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
     for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
-    if constexpr (First::kAny) await_stretch<Tile>(f, tile);
+    if constexpr (First::kAny) await_stretch(f, tile);
     for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
     if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
     if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
@@ -145,7 +146,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
   while (tile.advance()) {
     if constexpr (First::kAny) {
       if (tile.stretch >= 0) {
-        make_stretch<Tile>(f, tile, p, place, shared, loaded, freed, warpgroup);
+        make_stretch(f, tile, p, place, shared, loaded, freed, warpgroup);
         continue;
       }
     }
