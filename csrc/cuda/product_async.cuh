@@ -88,6 +88,14 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return value;
 }
 
+// threadIdx.x, found where it is asked for: what follows from it cannot move out of a loop, where it would take
+// registers from others.
+__device__ __forceinline__ int thread_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // A block alone is a cluster of one.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

@@ -13,7 +13,7 @@ namespace dora_ext {
 template <typename T, int kRanks_>
 struct GradientLast {
   static constexpr bool kAny = true;
-  static constexpr int kRanks = kRanks_, kEights = kRanks == 16 ? 4 : 8;  // registers permitting
+  static constexpr int kRanks = kRanks_, kEights = 8;
   static constexpr int kTokens = 128, kBoxes = 2;  // a stage: as many tokens, of boxes of 64 columns, in each block
   static constexpr int kColumns = 64 * kBoxes;
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void make_stretch(const GradientLast<T, kRanks>& f, c
                                              uint32_t loaded, uint32_t freed, int warpgroup) {
   static_assert(f.kColumns == 8 * 16, "of eight warps");
   constexpr int kM = kRanks / 16;
-  const int lane = threadIdx.x % 32, warp = warpgroup * 4 + static_cast<int>(threadIdx.x) % 128 / 32;
+  const int thread = thread_here(), lane = thread % 32, warp = thread / 32;
   // Of boxes swizzled by 128 bytes: 16 bytes at (token, 8 c) lie at c ^ token % 8 of the token's 128 bytes. Fragments
   // of P^T have their tokens in lanes 0-7 and 16-23, and 8 ranks on in lanes 8-15; those of x in lanes 0-15.
   const int p_token = lane / 16 * 8 + lane % 8, p_eight = lane / 8 % 2, x_token = lane % 16;
