@@ -13,7 +13,7 @@ namespace dora_ext {
 template <typename T, int kRanks_>
 struct GradientLast {
   static constexpr bool kAny = true;
-  static constexpr int kRanks = kRanks_, kEights = 8;
+  static constexpr int kRanks = kRanks_;
   static constexpr int kTokens = 128, kBoxes = 2;  // a stage: as many tokens, of boxes of 64 columns, in each block
   static constexpr int kColumns = 64 * kBoxes;
 
@@ -59,7 +59,8 @@ __device__ __forceinline__ void fetch_stretch(const GradientLast<T, kRanks>& f, 
 template <typename Tile, typename T, int kRanks>
 __device__ __forceinline__ void make_stretch(const GradientLast<T, kRanks>& f, const TileWalk<Tile>& tile,
                                              const ProductProblem& p, RingPlace<Tile::kStages>& place, uint32_t shared,
-                                             uint32_t loaded, uint32_t freed, int warpgroup) {
+                                             uint32_t loaded, uint32_t freed, int warpgroup,
+                                             float (&)[Tile::kColumns / 2]) {
   static_assert(f.kColumns == 8 * 16, "of eight warps");
   constexpr int kM = kRanks / 16;
   const int thread = thread_here(), lane = thread % 32, warp = thread / 32;
