@@ -17,16 +17,17 @@ inline bool decode_fits(const Tensor& x, const Tensor& weight) {
          decode_fits_sizes(x.size(0), x.size(1), weight.size(0));
 }
 
-// On the CPU all float tokens do, if they are few; on CUDA: rows of packed weights have whole groups of 64 columns with
-// one scale each: blocks of 32 are left out, and so are weights of any other `dtype` than float32 and x's, whose values
-// are rounded twice elsewhere.
+// Weights of any other `dtype` than float32 and x's are left out where x is in half precision: their values are rounded
+// twice elsewhere. On the CPU all else does, if tokens are few; on CUDA rows of packed weights have whole groups of 64
+// columns with one scale each: blocks of 32 are left out.
 inline bool decode_nf4_fits(const Tensor& x, const Tensor& packed, int64_t blocksize, at::IntArrayRef shape,
                             at::ScalarType dtype) {
+  const bool rounded_once = is_half(x.scalar_type()) && (dtype == at::kFloat || dtype == x.scalar_type());
   if (x.is_cpu()) {
-    return x.scalar_type() == at::kFloat && packed.is_contiguous() && shape.size() == 2 && x.numel() > 0 &&
-           x.size(1) == shape[1] && x.size(0) <= kDecodeTokens;
+    return (x.scalar_type() == at::kFloat || rounded_once) && packed.is_contiguous() && shape.size() == 2 &&
+           x.numel() > 0 && x.size(1) == shape[1] && x.size(0) <= kDecodeTokens;
   }
-  return decode_takes(x, packed) && (dtype == at::kFloat || dtype == x.scalar_type()) && shape.size() == 2 &&
+  return decode_takes(x, packed) && rounded_once && shape.size() == 2 &&
          decode_nf4_fits_sizes(x.size(0), x.size(1), shape[0], blocksize);
 }
 
@@ -34,8 +35,8 @@ inline void check_decode_fits(const char* op, bool fits, const Tensor& x) {
   TORCH_CHECK_VALUE(
       fits, op,
       ": expected what decode_fits (csrc/check_decode.h) accepts: 1 to 8 tokens, on CUDA in bfloat16 or float16, "
-      "and rows of a contiguous weight of whole pieces: 16 bytes, or 64 weights packed in NF4; on the CPU in float32, "
-      "and W packed; got x of shape ",
+      "and rows of a contiguous weight of whole pieces: 16 bytes, or 64 weights packed in NF4; on the CPU W packed; "
+      "got x of shape ",
       text(x.sizes()), " and ", x.scalar_type());
 }
 

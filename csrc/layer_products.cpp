@@ -47,6 +47,13 @@ bool hopper_makes_hidden(const Tensor& x, const Tensor& weight, const Tensor& lo
   return which == Products::kHopper || hopper_product_wins(x.size(0), weight.size(0), weight.size(1));
 }
 
+// And whether the backward's makes dA, on multiprocessors that are idle in its last round.
+bool hopper_makes_grad_A(const Tensor& G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& x) {
+  static auto fits =
+      find_op<bool(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("dora_ext::hopper_backward_fits");
+  return !transposed && hopper_takes(G, weight, P, true) && fits.call(G, weight, P, x);
+}
+
 Tensor hopper_product(const Tensor& left, const Tensor& right, const Tensor& left_tail, const Tensor& right_tail,
                       const OptionalTensor& gain, const OptionalTensor& bias, bool right_transposed) {
   static auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -114,6 +121,8 @@ std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weigh
   return {y, h};
 }
 
+namespace {
+
 Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {
   // To this product W is the other way round.
   if (hopper_takes(G, weight, P, !transposed)) {
@@ -128,6 +137,20 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
   compose_op_(grad_x, P, A.t(), at::ones({A.size(1)}, A.options().dtype(accumulate_type(A.scalar_type()))),
               std::nullopt, 1);
   return grad_x;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> backward_products(Tensor G, const Tensor& weight, bool transposed, const Tensor& P,
+                                             const Tensor& lora_A, const Tensor& x, bool want_A) {
+  if (want_A && hopper_makes_grad_A(G, weight, transposed, P, x)) {
+    static auto op =
+        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "dora_ext::hopper_backward");
+    return op.call(G, weight, P, lora_A, x);
+  }
+  const Tensor grad_x = backward_product(std::move(G), weight, transposed, P, in_dtype(lora_A, x.scalar_type()));
+  return {grad_x, want_A ? grad_of_A(lora_A, P, x) : Tensor()};
 }
 
 // G takes tokens x out numbers written; g W out x in read, and as many written. Where adapter_backward is not one pass

@@ -15,8 +15,10 @@ std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weigh
                                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                             const OptionalTensor& bias, double scaling);
 
-// dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be.
-Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& lora_A);
+// dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be. And dA = P^T x in lora_A's dtype, if
+// `want_A`; else undefined.
+std::tuple<Tensor, Tensor> backward_products(Tensor G, const Tensor& weight, bool transposed, const Tensor& P,
+                                             const Tensor& lora_A, const Tensor& x, bool want_A);
 
 // dX = [dY | P] [g W ; A] in place of [G | P] [W ; A], on CUDA, where g W takes less memory to make than G. W (out,
 // in).

@@ -140,11 +140,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
   }
   if (want_x) {
-    grad_x = backward_product(scaled ? grad : std::move(G), scaled ? scaled_weight(weight, gain) : weight, transposed,
-                              P, in_dtype(lora_A, dtype));
+    std::tie(grad_x, grad_A) =
+        backward_products(scaled ? grad : std::move(G), scaled ? scaled_weight(weight, gain) : weight, transposed, P,
+                          lora_A, tokens, want_A);
     grad_x = in_shape(grad_x, x.sizes());
+  } else if (want_A) {
+    grad_A = grad_of_A(lora_A, P, tokens);
   }
-  if (want_A) grad_A = grad_of_A(lora_A, P, tokens);
   if (late_B) grad_B = grad_of_B_from_output(lora_B, grad, gain, h, scaling);
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
           want_m ? in_dtype(grad_m, magnitude.scalar_type()) : none(),

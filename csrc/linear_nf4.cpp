@@ -109,14 +109,18 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
                  nested_blocksize, lora_B, norm, gain, scaling);
   }
   const auto none = [&] { return at::empty({0}, x.options()); };
-  Tensor grad_x = none();
+  Tensor grad_x = none(), grad_A = none();
   if (want_x) {
     const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                             nested_blocksize, to, in_dtype(gain, at::kFloat));
-    grad_x = in_shape(backward_product(grad, W, false, P, in_dtype(lora_A, to)), x.sizes());
+    const auto [dX, dA] = backward_products(grad, W, false, P, lora_A, tokens, want_A);
+    grad_x = in_shape(dX, x.sizes());
+    if (want_A) grad_A = dA;
+  } else if (want_A) {
+    grad_A = grad_of_A(lora_A, P, tokens);
   }
   return {grad_x,
-          want_A ? grad_of_A(lora_A, P, tokens) : none(),
+          grad_A,
           want_B ? grad_B : none(),
           want_m ? in_dtype(grad_m, magnitude.scalar_type()) : none(),
           want_b ? in_dtype(grad_b, bias->scalar_type()) : none(),

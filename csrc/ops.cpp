@@ -116,9 +116,13 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def(
       "hopper_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? bias, float scaling)"
       " -> (Tensor y, Tensor h)");
-  // Would it take them? As hopper_product_fits; a rank of a multiple of 8 up to 32; a last round of tiles that leaves
+  // Would it take them? As hopper_product_fits; a rank of a multiple of 8 up to 64; a last round of tiles that leaves
   // part of the GPU to h.
   m.def("hopper_forward_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
+  // (dX, dA) = ([grad | P] [W ; A], P^T x), of grad (tokens, out) and P (tokens, r), where the same kernel makes dA
+  // last; dA in the dtype of lora_A.
+  m.def("hopper_backward(Tensor grad, Tensor weight, Tensor P, Tensor lora_A, Tensor x) -> (Tensor, Tensor)");
+  m.def("hopper_backward_fits(Tensor grad, Tensor weight, Tensor P, Tensor x) -> bool");
 
   // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
   // y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), (*ids.shape, dim), in weight's dtype. An id out of range gives

@@ -42,6 +42,25 @@ inline Stretches choose_stretches(int64_t rows, int64_t columns, int64_t multipr
   return {0, 0};
 }
 
+// Should a product of rows x columns x inner make dA = P^T x last (product_last.cuh), in stretches of 256 columns a
+// pair of blocks? It should where what they stand out beyond the last round takes less time than a pass over x behind
+// the product. All pairs together read 2.5 MB of x a us; one is kept back by what it has to multiply.
+constexpr int64_t kColumnsOfStretch = 256;
+inline int64_t choose_last_stretches(int64_t rows, int64_t columns, int64_t inner, int64_t rank,
+                                     int64_t multiprocessors) {
+  if (choose_product(rows, columns, multiprocessors).width != 256) return 0;
+  const int64_t pairs = multiprocessors / 2, tiles = (rows + 255) / 256 * ((columns + 255) / 256);
+  const int64_t idle = product_rounds(rows, columns, 256, multiprocessors) * pairs - tiles;
+  const int64_t count = (columns + kColumnsOfStretch - 1) / kColumnsOfStretch;
+  if (idle == 0) return 0;
+  const double rate = rank <= 16 ? 0.2 : rank <= 32 ? 0.14 : 0.08;
+  const double megabytes = 2e-6 * static_cast<double>(rows) * static_cast<double>(columns);
+  const double turns = static_cast<double>((count + idle - 1) / idle);
+  const double all = std::max(turns * 2e-6 * static_cast<double>(rows * kColumnsOfStretch) / rate, megabytes / 2.5);
+  const double round = 50.0 / 4096 * static_cast<double>(inner), behind = 3 + megabytes / 2.5;
+  return all - round < behind ? count : 0;
+}
+
 // Is hopper_product with a tail expected to be done before a library product and the pass over its result that it
 // spares? The library is taken to be as fast as a GPU full of our tiles, but to have tiles for few of them; the pass
 // takes 2 us and 3.3 more for what a round computes. H100 and H200 have 132 multiprocessors.

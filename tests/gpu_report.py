@@ -43,6 +43,7 @@ KERNEL_TESTS = [
     "test_decode",
     "test_product",
     "test_product_first",
+    "test_product_last",
     "test_adapter_backward",
 ]
 # Without torch's caching allocator no graph can be captured, and a failed capture leaves its mark on what follows;

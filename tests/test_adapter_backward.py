@@ -1,5 +1,5 @@
 """adapter_backward: all that linear_backward sees of the output's gradient, against float64. On CUDA the shapes with a
-rank of 8 to 32 in half precision take the one-pass kernel, the others the composition."""
+rank of 8 to 64 in half precision take the one-pass kernel, the others the composition."""
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from dora_ext.testing import DTYPES, TOLERANCE, assert_close
 adapter_backward = torch.ops.dora_ext.adapter_backward
 NAMES = ("G", "P", "grad_B", "grad_magnitude", "grad_bias")
 
-# tokens, out, r: one of everything, around tiles of 32 x 128, several splits and groups, ranks that need padding.
+# tokens, out, r: one of everything, around tiles of 32 x 128, several splits and groups, ranks that need padding, and
+# more of them than a pass takes.
 ONE_PASS = [(1, 8, 8), (32, 128, 16), (33, 136, 16), (100, 264, 24), (31, 120, 32), (700, 1160, 8), (2100, 520, 32)]
-COMPOSED = [(40, 57, 16), (40, 64, 5), (40, 64, 48), (0, 16, 8)]  # what that kernel doesn't take
+ONE_PASS += [(33, 136, 40), (40, 64, 48), (700, 1160, 56), (2100, 520, 64)]
+COMPOSED = [(40, 57, 16), (40, 64, 5), (40, 64, 72), (0, 16, 8)]  # what that kernel doesn't take
 
 
 class Case:
@@ -76,8 +78,9 @@ def test_wider_parameters(device, dtype, bias):
 
 @pytest.mark.parametrize("saved", [True, False], ids=["y", "no y"])
 @pytest.mark.parametrize("mask", range(32))
-def test_what_the_mask_asks_for(device, mask, saved):
-    case = Case(40, 136, 16, torch.bfloat16, device)
+@pytest.mark.parametrize("r", [16, 40])
+def test_what_the_mask_asks_for(device, mask, saved, r):
+    case = Case(40, 136, r, torch.bfloat16, device)
     if not saved and mask & 8:
         with pytest.raises(ValueError, match="y: expected a tensor, as mask asks for grad_magnitude"):
             adapter_backward(*case.args(mask, saved))

@@ -24,6 +24,8 @@ SHAPES = [
     pytest.param((4096, 72, 4096, 8), id="two rows of tiles in a stretch"),
     pytest.param((9000, 136, 72, 24), id="the last group not full"),
     pytest.param((14000, 136, 1032, 16), id="many rows"),
+    pytest.param((300, 264, 520, 40), id="ranks of five eighths"),
+    pytest.param((770, 1032, 104, 64), id="all ranks"),
 ]
 
 
@@ -139,7 +141,7 @@ def test_when_another_kernel_holds_multiprocessors():
 def test_what_does_not_fit():
     case = Case(64, 64, 64, 16)
     x, weight, lora_A, *rest = case.operands()
-    assert not fits(x, weight, lora_A[:12]) and not fits(x, weight, lora_A.repeat(3, 1))
+    assert not fits(x, weight, lora_A[:12]) and not fits(x, weight, lora_A.repeat(5, 1))
     assert not fits(x.float(), weight.float(), lora_A.float())
     assert not fits(x[:0], weight, lora_A)
     assert not fits(x, weight[:, :60], lora_A)

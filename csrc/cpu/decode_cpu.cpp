@@ -1,5 +1,5 @@
 // linear_decode_nf4 on the CPU: what is unpacked of W multiplies all tokens before it leaves registers or the L1 cache,
-// so that nothing of W's size is written. It takes tokens in bfloat16 and float16 too.
+// so that nothing of W's size is written.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -98,14 +98,11 @@ std::tuple<Tensor, Tensor> linear_decode_nf4(const Tensor& x, const Tensor& pack
                                              const OptionalTensor& offset, int64_t nested_blocksize,
                                              const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                              const OptionalTensor& bias, double scaling) {
-  const auto to = x.scalar_type();
-  const bool once = to == at::kFloat || (is_half(to) && (dtype == at::kFloat || dtype == to));  // W is rounded once
-  check_decode_fits("dora_ext::linear_decode_nf4", once, x);
-  const Tensor tokens = x.to(at::kFloat);
-  check_linear_decode_nf4(tokens, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
+  check_linear_decode_nf4(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                           nested_blocksize, lora_A, lora_B, gain, bias, scaling);
   const Nf4Weight weight(packed, absmax, blocksize, nested_absmax, nested_code, offset, nested_blocksize);
-  const Tensor h = multiply_narrow(tokens, in_dtype(lora_A, at::kFloat).t(), 1);
+  const auto to = x.scalar_type();
+  const Tensor h = multiply_narrow(x.to(at::kFloat), in_dtype(lora_A, at::kFloat).t(), 1);
   const Tensor y = multiply_packed(x.contiguous(), weight, shape[0], is_half(to) ? to : dtype);
   compose_into(y, y, h, lora_B, gain, bias, scaling, /*delta=*/false, /*channels_first=*/false);
   return {in_dtype(y, to), in_dtype(h, to)};

@@ -8,10 +8,11 @@
 
 namespace dora_ext {
 
-// Sums `count` arrays (lines, padded), factor(line) times that goes to `to` (lines, rank). Four numbers a thread.
+// Sums `count` arrays (lines, padded), factor(line) times that goes to `to` (lines, rank), `pitch` numbers from line to
+// line. Four numbers a thread.
 template <typename Out, typename Factor>
 __device__ __forceinline__ void finish_partials(const float* partials, int64_t count, int64_t lines, int padded,
-                                                int rank, int64_t block, Factor&& factor, Out* to) {
+                                                int rank, int pitch, int64_t block, Factor&& factor, Out* to) {
   const int64_t at = (block * blockDim.x + threadIdx.x) * 4, line = at / padded;
   const int k = static_cast<int>(at % padded);
   if (line >= lines || k >= rank) return;
@@ -25,11 +26,12 @@ __device__ __forceinline__ void finish_partials(const float* partials, int64_t c
     sum.w += v.w;
   }
   const float f = factor(line);
-  *reinterpret_cast<Pack<Out, 4>*>(to + line * rank + k) = {narrow<Out>(f * sum.x), narrow<Out>(f * sum.y),
-                                                            narrow<Out>(f * sum.z), narrow<Out>(f * sum.w)};
+  *reinterpret_cast<Pack<Out, 4>*>(to + line * pitch + k) = {narrow<Out>(f * sum.x), narrow<Out>(f * sum.y),
+                                                             narrow<Out>(f * sum.z), narrow<Out>(f * sum.w)};
 }
 
-// P (tokens, rank) = s * sum of partial_P; grad_B (out, rank) = s g * sum of partial_E; grad_magnitude and grad_bias.
+// P (tokens, rank) = s * sum of partial_P; grad_B (out, rank) = s g * sum of partial_E, both of this pass's ranks;
+// grad_magnitude and grad_bias.
 template <typename T, typename TB, int KT>
 __global__ void __launch_bounds__(256, 4)
     adapter_backward_finish_kernel(AdapterBackwardProblem<T> p, AdapterBackwardPlan plan, float scaling, T* P,
@@ -38,10 +40,11 @@ __global__ void __launch_bounds__(256, 4)
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank;
   const int64_t block = blockIdx.x;
   if (block < blocks_P) {
-    finish_partials(p.partial_P, plan.groups, p.tokens, kPadded, p.rank, block, [&](int64_t) { return scaling; }, P);
+    finish_partials(
+        p.partial_P, plan.groups, p.tokens, kPadded, p.rank, p.line, block, [&](int64_t) { return scaling; }, P);
   } else if (block < blocks_P + blocks_B) {
     finish_partials(
-        p.partial_E, plan.splits, p.out, kPadded, p.rank, block - blocks_P,
+        p.partial_E, plan.splits, p.out, kPadded, p.rank, p.line, block - blocks_P,
         [&](int64_t feature) { return scaling * p.gain[feature]; }, grad_B);
   } else {
     features.run(block - blocks_P - blocks_B);
@@ -88,19 +91,21 @@ void launch_adapter_backward(const AdapterBackwardProblem<T>& p, const AdapterBa
   kernel<<<static_cast<unsigned>(plan.groups * plan.splits), Tile::kThreads, Tile::kSharedBytes, stream>>>(p, plan);
 }
 
+// features: also grad_magnitude and grad_bias.
 template <typename T, int KT, typename TB>
 void launch_adapter_backward_finish(const AdapterBackwardProblem<T>& p, const AdapterBackwardPlan& plan, float scaling,
-                                    const float* norm, T* P, TB* grad_B, float* grad_magnitude, float* grad_bias,
-                                    cudaStream_t stream) {
+                                    const float* norm, T* P, TB* grad_B, bool features, float* grad_magnitude,
+                                    float* grad_bias, cudaStream_t stream) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank, kThreads = 256;
-  const ComposeBackwardFinish<float> features{p.sums,       plan.splits,    p.out,
-                                              norm,         p.gain,         /*saved_is_output=*/true,
-                                              /*factor=*/1, grad_magnitude, grad_bias};
+  const ComposeBackwardFinish<float> finish{p.sums,       plan.splits,    p.out,
+                                            norm,         p.gain,         /*saved_is_output=*/true,
+                                            /*factor=*/1, grad_magnitude, grad_bias};
   const auto blocks = [](int64_t lines) { return ceil_div<int64_t>(lines * kPadded, kThreads * 4); };
   const int64_t blocks_P = blocks(p.tokens), blocks_B = blocks(p.out);
-  const int64_t all = blocks_P + blocks_B + ceil_div<int64_t>(p.out, ComposeBackwardFinish<float>::kFeatures);
+  const int64_t all =
+      blocks_P + blocks_B + (features ? ceil_div<int64_t>(p.out, ComposeBackwardFinish<float>::kFeatures) : 0);
   adapter_backward_finish_kernel<T, TB, KT>
-      <<<static_cast<unsigned>(all), kThreads, 0, stream>>>(p, plan, scaling, P, grad_B, features, blocks_P, blocks_B);
+      <<<static_cast<unsigned>(all), kThreads, 0, stream>>>(p, plan, scaling, P, grad_B, finish, blocks_P, blocks_B);
 }
 
 }  // namespace dora_ext

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../check_linear.h"
 #include "adapter_backward.cuh"
 #include "launch.h"
@@ -22,53 +24,73 @@ bool one_pass_fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
          shared_bytes_per_block() >= AdapterBackwardTile<2>::kSharedBytes;
 }
 
+constexpr int64_t kRanksOfPass = 32;
+
+// The results, each with its memory, asked for or not: all but G come at no cost.
+struct Gradients {
+  Tensor G, P, B, magnitude, bias;
+};
+
+// The ranks from `first` on. The first pass also makes G and the gradients of magnitude and bias.
 template <typename T, int KT>
-AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
-                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t mask) {
+void pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B, const Tensor& norm,
+          const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t first, const Gradients& to) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank;
-  const int64_t tokens = grad.size(0), out = grad.size(1), rank = lora_B.size(1);
-  const Tensor n = in_dtype(norm, at::kFloat).contiguous(), g = in_dtype(gain, at::kFloat).contiguous();
-  const Tensor B = lora_B.contiguous(), b = bias ? bias->contiguous() : Tensor();
+  const int64_t tokens = grad.size(0), out = grad.size(1), line = lora_B.size(1);
   const AdapterBackwardPlan plan = plan_adapter_backward<KT>(
       tokens, out, multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
-  const Tensor G = mask & kWantG ? at::empty_like(grad) : Tensor();
-  const Tensor P = at::empty({tokens, rank}, grad.options()), grad_B = at::empty({out, rank}, lora_B.options());
-  const auto options = n.options();
-  const Tensor grad_m = at::empty({out}, options), grad_b = at::empty({out}, options);
   const int64_t size_E = plan.splits * out * kPadded, size_P = plan.groups * tokens * kPadded;
-  const Tensor partials = at::empty({size_E + size_P + plan.splits * 2 * out}, options);
+  const Tensor partials = at::empty({size_E + size_P + plan.splits * 2 * out}, norm.options());
 
   AdapterBackwardProblem<T> p{};
   p.grad = data<T>(grad);
-  p.y = y ? data<T>(*y) : nullptr;
-  p.h = data<T>(h);
-  p.lora_B = feature_vector(B);
-  p.gain = data<float>(g);
-  p.bias = bias ? feature_vector(b) : FeatureVector{nullptr, Dtype::kFloat};
-  p.scaled = G.defined() ? mutable_data<T>(G) : nullptr;
+  p.y = y && first == 0 ? data<T>(*y) : nullptr;
+  p.h = data<T>(h) + first;
+  p.lora_B = feature_vector(lora_B);
+  p.lora_B.data = static_cast<const char*>(p.lora_B.data) + first * lora_B.element_size();
+  p.gain = data<float>(gain);
+  p.bias = bias ? feature_vector(*bias) : FeatureVector{nullptr, Dtype::kFloat};
+  p.scaled = to.G.defined() && first == 0 ? mutable_data<T>(to.G) : nullptr;
   p.partial_E = mutable_data<float>(partials);
   p.partial_P = p.partial_E + size_E;
   p.sums = p.partial_P + size_P;
   p.tokens = tokens;
   p.out = out;
-  p.rank = static_cast<int>(rank);
+  p.rank = static_cast<int>(std::min(line - first, kRanksOfPass));
+  p.line = static_cast<int>(line);
   const cudaStream_t stream = current_stream();
   launch_adapter_backward<T, KT>(p, plan, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const auto finish = [&](auto* to) {
-    launch_adapter_backward_finish<T, KT>(p, plan, static_cast<float>(scaling), data<float>(n), mutable_data<T>(P), to,
-                                          mutable_data<float>(grad_m), mutable_data<float>(grad_b), stream);
+  const auto finish = [&](auto* grad_B) {
+    launch_adapter_backward_finish<T, KT>(p, plan, static_cast<float>(scaling), data<float>(norm),
+                                          mutable_data<T>(to.P) + first, grad_B + first, first == 0,
+                                          mutable_data<float>(to.magnitude), mutable_data<float>(to.bias), stream);
   };
   if (lora_B.scalar_type() == at::kFloat) {
-    finish(mutable_data<float>(grad_B));
+    finish(mutable_data<float>(to.B));
   } else {
-    finish(mutable_data<T>(grad_B));
+    finish(mutable_data<T>(to.B));
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  // All but G come at no cost, asked for or not.
+}
+
+template <typename T>
+AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
+                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t mask) {
+  const int64_t tokens = grad.size(0), out = grad.size(1), rank = lora_B.size(1);
+  const Tensor n = in_dtype(norm, at::kFloat).contiguous(), g = in_dtype(gain, at::kFloat).contiguous();
+  const Tensor B = lora_B.contiguous();
+  const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+  const Gradients to{mask & kWantG ? at::empty_like(grad) : Tensor(), at::empty({tokens, rank}, grad.options()),
+                     at::empty({out, rank}, lora_B.options()), at::empty({out}, n.options()),
+                     at::empty({out}, n.options())};
+  const bool all_ranks = mask & (kWantP | kWantB);
+  for (int64_t first = 0; first < (all_ranks ? rank : 1); first += kRanksOfPass) {
+    (rank - first <= 16 ? pass<T, 1> : pass<T, 2>)(grad, y, h, B, n, g, b, scaling, first, to);
+  }
   const auto asked = [&](int64_t bit, const Tensor& t) { return mask & bit ? t : at::empty({0}, grad.options()); };
-  return {asked(kWantG, G), asked(kWantP, P), asked(kWantB, grad_B), asked(kWantMagnitude, grad_m),
-          asked(kWantBias, grad_b)};
+  return {asked(kWantG, to.G), asked(kWantP, to.P), asked(kWantB, to.B), asked(kWantMagnitude, to.magnitude),
+          asked(kWantBias, to.bias)};
 }
 
 AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
@@ -79,9 +101,7 @@ AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor&
   if (!one_pass_fits(grad, y, h, lora_B)) {
     return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
   }
-  const bool half = grad.scalar_type() == at::kHalf, narrow = lora_B.size(1) <= 16;
-  const auto run_it =
-      half ? (narrow ? run<__half, 1> : run<__half, 2>) : (narrow ? run<__nv_bfloat16, 1> : run<__nv_bfloat16, 2>);
+  const auto run_it = grad.scalar_type() == at::kHalf ? run<__half> : run<__nv_bfloat16>;
   return run_it(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
 }
 

@@ -1,6 +1,6 @@
-// adapter_backward in one pass over the output's gradient dY, fp16 or bf16, rank up to 32: reads dY and y once, writes
-// G, and has the tensor cores sum P = s (g dY) B over the features and E = dY^T h over the tokens on the way, from the
-// same tile in shared memory.
+// adapter_backward in one pass over the output's gradient dY, fp16 or bf16, of up to 32 ranks: reads dY and y once,
+// writes G, and has the tensor cores sum P = s (g dY) B over the features and E = dY^T h over the tokens on the way,
+// from the same tile in shared memory.
 //
 //   block:  a group of chunks of 128 features x a split of the tokens in tiles of 32
 //           for each chunk: for each tile     dm, db: registers         E: registers of four warps
@@ -21,8 +21,8 @@ template <typename T>
 struct AdapterBackwardProblem {
   const T* grad;         // dY (tokens, out)
   const T* y;            // (tokens, out); null: no magnitude gradient
-  const T* h;            // (tokens, rank)
-  FeatureVector lora_B;  // (out, rank)
+  const T* h;            // (tokens, rank), `line` numbers from token to token
+  FeatureVector lora_B;  // (out, rank), likewise
   const float* gain;     // (out,)
   FeatureVector bias;    // (out,), data null for none
   T* scaled;             // G (tokens, out); null: not asked for
@@ -30,7 +30,7 @@ struct AdapterBackwardProblem {
   float* partial_E;      // (splits, out, padded rank)
   float* partial_P;      // (groups, tokens, padded rank), without s
   int64_t tokens, out;
-  int rank;  // a multiple of 8
+  int rank, line;  // of this pass, and all; multiples of 8
 };
 
 struct AdapterBackwardPlan {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256, blocks_on_hopper(2))
         const int t = thread / (Tile::kRank / 8), k = thread % (Tile::kRank / 8) * 8;
         const bool valid = token0 + t < p.tokens && k < p.rank;
         copy16_async(reinterpret_cast<T*>(to + 2 * Tile::kBytesTile) + t * Tile::kPitch + k,
-                     p.h + (valid ? (token0 + t) * p.rank + k : 0), valid);
+                     p.h + (valid ? (token0 + t) * p.line + k : 0), valid);
       }
       if (++next_tile == tiles) {
         next_tile = 0;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(256, blocks_on_hopper(2))
         Pack<T, 8> values;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          values.v[j] = narrow<T>(f < p.out && k < p.rank ? g * p.lora_B.template at<float>(f * p.rank + k + j) : 0.0f);
+          values.v[j] = narrow<T>(f < p.out && k < p.rank ? g * p.lora_B.template at<float>(f * p.line + k + j) : 0.0f);
         }
         *reinterpret_cast<uint4*>(b_rows + thread / 2 * Tile::kPitch + k) = *reinterpret_cast<const uint4*>(&values);
       }

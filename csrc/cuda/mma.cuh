@@ -94,18 +94,22 @@ __device__ __forceinline__ void copy_wait() {
 // Rows that start 16 bytes apart modulo 128 (a row pitch of 16 bytes more than a multiple of 128) meet no bank
 // conflict.
 template <bool Transposed = false>
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* p) {
+__device__ __forceinline__ void load_matrix_x4_at(uint32_t (&r)[4], uint32_t address) {
   if constexpr (Transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
+                 : "r"(address)
                  : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
+                 : "r"(address)
                  : "memory");
   }
+}
+template <bool Transposed = false>
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* p) {
+  load_matrix_x4_at<Transposed>(r, shared_address(p));
 }
 
 // Two numbers of a register as floats. Exact.

@@ -45,7 +45,7 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, con
   cluster.val.clusterDim.x = Tile::kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(p.first + tiles, clusters) * Tile::kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(p.first + tiles + p.last, clusters) * Tile::kCluster));
   config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;
@@ -54,11 +54,13 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, con
   return cudaLaunchKernelEx(&config, kernel, maps, p, first);
 }
 
-// p.group is chosen here: 4 was as fast as 8 and 16 or up to 4% faster at every shape.
+// ProductProblem::group: 4 was as fast as 8 and 16 or up to 4% faster at every shape.
+constexpr int kGroup = 4;
+
 template <typename T, bool RightTransposed, typename First>
 cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
                            cudaStream_t stream) {
-  p.group = 4;
+  p.group = kGroup;
   return choose_product(p.rows, p.columns, multiprocessors).width == 256
              ? launch_product_tiles<T, HopperTile<256>, RightTransposed>(m, p, first, multiprocessors, stream)
              : launch_product_tiles<T, HopperTile<128>, RightTransposed>(m, p, first, multiprocessors, stream);

@@ -88,6 +88,14 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return value;
 }
 
+// threadIdx.x, found where it is asked for: what follows from it cannot move out of a loop, where it would take
+// registers from others.
+__device__ __forceinline__ int thread_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // A block alone is a cluster of one.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -226,6 +234,7 @@ __device__ __forceinline__ void sums_are_ready(float (&d)[N]) {
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define DORA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define DORA_16 DORA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define DORA_32 DORA_16 ", %16, %17, %18, %19, " DORA_TEN(2) "%30, %31"
 #define DORA_SIXTY DORA_8 ", %8, %9, " DORA_TEN(1) DORA_TEN(2) DORA_TEN(3) DORA_TEN(4) DORA_TEN(5)
 #define DORA_64 DORA_SIXTY "%60, %61, %62, %63"
 #define DORA_128 \
@@ -260,6 +269,14 @@ __device__ __forceinline__ void multiply_k16(float (&d)[64], uint64_t left, uint
   }
 }
 template <typename T, bool RightTransposed>
+__device__ __forceinline__ void multiply_k16(float (&d)[32], uint64_t left, uint64_t right, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    DORA_WGMMA("m64n64k16", "f16", DORA_32, "%32", "%33", "%34", "%35", DORA_D16(0), DORA_D16(16));
+  } else {
+    DORA_WGMMA("m64n64k16", "bf16", DORA_32, "%32", "%33", "%34", "%35", DORA_D16(0), DORA_D16(16));
+  }
+}
+template <typename T, bool RightTransposed>
 __device__ __forceinline__ void multiply_k16(float (&d)[16], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
     DORA_WGMMA("m64n32k16", "f16", DORA_16, "%16", "%17", "%18", "%19", DORA_D16(0));
@@ -279,6 +296,7 @@ __device__ __forceinline__ void multiply_k16(float (&d)[8], uint64_t left, uint6
 #undef DORA_TEN
 #undef DORA_8
 #undef DORA_16
+#undef DORA_32
 #undef DORA_SIXTY
 #undef DORA_64
 #undef DORA_128

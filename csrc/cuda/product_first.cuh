@@ -13,7 +13,6 @@ namespace dora_ext {
 
 struct NothingFirst {
   static constexpr bool kAny = false;
-  static constexpr int kEights = 8;  // ColumnFactors; registers permitting
 };
 
 // Zeros that are left as zeros: how many clusters are done, and how often a warpgroup has made 64 rows of a stretch. No
@@ -23,11 +22,11 @@ struct FirstCounters {
   unsigned done, made[kStretches];
 };
 
-// kRanks: 16 or 32, no less than the rank.
+// kRanks: 16, 32 or 64, no less than the rank.
 template <typename T, int kRanks_>
 struct HiddenFirst {
   static constexpr bool kAny = true;
-  static constexpr int kRanks = kRanks_, kEights = 4;
+  static constexpr int kRanks = kRanks_;
 
   CUtensorMap lora_A;  // boxes of 64 x kRanks
   T *h, *scaled_h;     // (rows, rank): x A^T, and s times that; null: not asked for
@@ -40,14 +39,14 @@ struct HiddenFirst {
 struct Stretch {
   int first, last;
 };
-template <typename Tile, typename First>
-__device__ __forceinline__ Stretch stretch_of(const First& f, const TileWalk<Tile>& tile, int number) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ Stretch stretch_of(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile, int number) {
   return {number * f.stretch, min((number + 1) * f.stretch, tile.rows_of_tiles)};
 }
 
 // The thread that fetches: until the rows of the tile's tail are there.
-template <typename Tile, typename First>
-__device__ __forceinline__ void await_stretch(const First& f, const TileWalk<Tile>& tile) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ void await_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile) {
   const int number = tile.row / (Tile::kRows * Tile::kCluster) / f.stretch;
   const Stretch rows = stretch_of(f, tile, number);
   const auto all = static_cast<unsigned>((rows.last - rows.first) * Tile::kCluster * Tile::kRows / 64);
@@ -59,10 +58,10 @@ __device__ __forceinline__ void await_stretch(const First& f, const TileWalk<Til
 template <typename T, int kRanks>
 __device__ __forceinline__ void store_hidden(const HiddenFirst<T, kRanks>& f, const float (&sums)[kRanks / 2], int rows,
                                              int first_row) {
-  const int lane = threadIdx.x % 32;
+  const int thread = thread_here(), lane = thread % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + threadIdx.x % 128 / 32 * 16 + half * 8 + lane / 4;
+    const int row = first_row + thread % 128 / 32 * 16 + half * 8 + lane / 4;
 #pragma unroll
     for (int j = 0; j < kRanks / 8; ++j) {
       const int k = j * 8 + lane % 4 * 2;
@@ -78,35 +77,37 @@ __device__ __forceinline__ void store_hidden(const HiddenFirst<T, kRanks>& f, co
 }
 
 // The thread that fetches: the stages of a stretch.
-template <typename Tile, typename First>
-__device__ __forceinline__ void fetch_stretch(const First& f, const TileWalk<Tile>& tile, const CUtensorMap& x,
-                                              int inner, RingPlace<Tile::kStages>& place, uint32_t shared,
-                                              uint32_t loaded, uint32_t freed) {
+template <typename Tile, typename T, int kRanks>
+__device__ __forceinline__ void fetch_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile,
+                                              const ProductMaps& maps, const ProductProblem& p,
+                                              RingPlace<Tile::kStages>& place, uint32_t shared, uint32_t loaded,
+                                              uint32_t freed) {
   const Stretch rows = stretch_of(f, tile, tile.stretch);
 #pragma unroll 1
   for (int i = rows.first; i < rows.last; ++i) {
     const int row = (i * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
-    for (int k = 0; k < inner; k += Tile::kInner) {
+    for (int k = 0; k < p.inner; k += Tile::kInner) {
       const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
       barrier_wait(freed + place.stage * 8, place.parity ^ 1);
-      barrier_arrive_expecting(barrier, Tile::kLeftBytes + First::kRanks * 128);
-      load_box(stage, &x, k, row, barrier);
+      barrier_arrive_expecting(barrier, Tile::kLeftBytes + kRanks * 128);
+      load_box(stage, &maps.left, k, row, barrier);
       load_box(stage + Tile::kLeftBytes, &f.lora_A, k, 0, barrier);
       place.advance();
     }
   }
 }
 
-// A warpgroup that multiplies: 64 of every 128 rows of a stretch.
+// A warpgroup that multiplies: 64 of every 128 rows of a stretch. Its sums are some of a tile's: both would not fit.
 template <typename Tile, typename T, int kRanks>
 __device__ __forceinline__ void make_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile,
                                              const ProductProblem& p, RingPlace<Tile::kStages>& place, uint32_t shared,
-                                             uint32_t loaded, uint32_t freed, int warpgroup) {
-  const int lane = threadIdx.x % 32;
+                                             uint32_t loaded, uint32_t freed, int warpgroup,
+                                             float (&tile_sums)[Tile::kColumns / 2]) {
+  const int lane = thread_here() % 32;
   const Stretch rows = stretch_of(f, tile, tile.stretch);
 #pragma unroll 1
   for (int i = rows.first; i < rows.last; ++i) {
-    float sums[kRanks / 2];
+    auto& sums = reinterpret_cast<float (&)[kRanks / 2]>(tile_sums);
     int accumulate = 0, unfinished = -1;
     const auto free_stage = [&](int stage) {
       if (stage >= 0 && lane < Tile::kCluster) barrier_arrive_at(freed + stage * 8, lane);
@@ -141,8 +142,8 @@ __device__ __forceinline__ void make_stretch(const HiddenFirst<T, kRanks>& f, co
 }
 
 // One warp of a cluster that is done with everything.
-template <typename First>
-__device__ __forceinline__ void leave_stretches(const First& f, unsigned clusters) {
+template <typename T, int kRanks>
+__device__ __forceinline__ void leave_stretches(const HiddenFirst<T, kRanks>& f, unsigned clusters) {
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();

@@ -14,7 +14,7 @@
 namespace dora_ext {
 namespace {
 
-constexpr int64_t kMostRanks = 32;
+constexpr int64_t kMostRanks = 64;
 
 bool hopper_forward_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
   const int64_t rank = lora_A.size(0);
@@ -71,10 +71,15 @@ std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight,
   const OptionalTensor b = bias ? OptionalTensor(in_dtype(*bias, at::kFloat)) : std::nullopt;
   const Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
   const Tensor h = at::empty({x.size(0), A.size(0)}, x.options());
-  const bool half = dtype == at::kHalf, narrow = A.size(0) <= 16;
-  const auto run_it =
-      half ? (narrow ? run<__half, 16> : run<__half, 32>) : (narrow ? run<__nv_bfloat16, 16> : run<__nv_bfloat16, 32>);
-  run_it(x, weight, A, B, g, b, scaling, y, h);
+  const auto run_it = [&](auto tag) {
+    using T = decltype(tag);
+    return A.size(0) <= 16 ? run<T, 16> : A.size(0) <= 32 ? run<T, 32> : run<T, 64>;
+  };
+  if (dtype == at::kHalf) {
+    run_it(__half{})(x, weight, A, B, g, b, scaling, y, h);
+  } else {
+    run_it(__nv_bfloat16{})(x, weight, A, B, g, b, scaling, y, h);
+  }
   return {y, h};
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "product_first.cuh"
+#include "product_last.cuh"
 
 namespace dora_ext {
 
@@ -50,14 +51,14 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
     if (takes) next = atomicAdd(p.counters, 1);  // the answer comes while the stages are asked for
     if constexpr (First::kAny) {
       if (tile.stretch >= 0) {
-        fetch_stretch(f, tile, maps.left, p.inner, place, shared, loaded, freed);
+        fetch_stretch(f, tile, maps, p, place, shared, loaded, freed);
         if (takes) tile.tell(next);
         continue;
       }
     }
     const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
     for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
-    if constexpr (First::kAny) await_stretch<Tile>(f, tile);
+    if constexpr (First::kAny) await_stretch(f, tile);
     for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
     if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
     if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
@@ -69,14 +70,13 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
   }
 }
 
-// gain and bias of a thread's columns in a stretch of 8 kEights: two in every eight.
-template <int kEights>
+// gain and bias of a thread's columns in a box of 64: two in every eight.
 struct ColumnFactors {
-  float2 gain[kEights], bias[kEights];
+  float2 gain[8], bias[8];
 
   __device__ __forceinline__ void load(const ProductProblem& p, int column) {
 #pragma unroll
-    for (int j = 0; j < kEights; ++j) {
+    for (int j = 0; j < 8; ++j) {
       const bool inside = column + 8 * j < p.columns;
       gain[j] = inside && p.gain != nullptr ? __ldg(reinterpret_cast<const float2*>(p.gain + column + 8 * j))
                                             : make_float2(1.0f, 1.0f);
@@ -86,39 +86,33 @@ struct ColumnFactors {
   }
 };
 
-// One warpgroup: its 64 rows of the tile, box by box, through shared memory. A box in one stretch, or in two.
-template <typename T, typename Tile, int kEights>
-__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors<kEights>& factors,
+// One warpgroup: its 64 rows of the tile, box by box, through shared memory.
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors& factors,
                                            const ProductMaps& maps, const ProductProblem& p, int row, int column,
                                            uint32_t boxes, int warpgroup) {
-  constexpr int kParts = 8 / kEights;
   const int lane = threadIdx.x % 32;
   const uint32_t to_row = (threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
 #pragma unroll
-  for (int part = 0; part < Tile::kColumns / 64 * kParts; ++part) {
-    const int box = part / kParts, first = part % kParts * kEights;
+  for (int box = 0; box < Tile::kColumns / 64; ++box) {
     const uint32_t to = boxes + box % 2 * Tile::kBoxBytes;
-    uint32_t rounded[kEights][2];
+    uint32_t rounded[8][2];
 #pragma unroll
-    for (int j = 0; j < kEights; ++j) {
-      const float* d = sums + box * 32 + (first + j) * 4;
+    for (int j = 0; j < 8; ++j) {
+      const float* d = sums + box * 32 + j * 4;
       const float2 gain = factors.gain[j], bias = factors.bias[j];
       rounded[j][0] = pack<T>(fmaf(d[0], gain.x, bias.x), fmaf(d[1], gain.y, bias.y));
       rounded[j][1] = pack<T>(fmaf(d[2], gain.x, bias.x), fmaf(d[3], gain.y, bias.y));
     }
-    if (part + 1 < Tile::kColumns / 64 * kParts) {
-      factors.load(p, column + (part + 1) * 8 * kEights + lane % 4 * 2);
-    }
-    if (first == 0) {  // the box that was here two boxes ago must have left
-      if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
-      warpgroup_sync(1 + warpgroup);
-    }
+    if (box + 1 < Tile::kColumns / 64) factors.load(p, column + (box + 1) * 64 + lane % 4 * 2);
+    // The box that was here two boxes ago must have left.
+    if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
+    warpgroup_sync(1 + warpgroup);
 #pragma unroll
-    for (int j = 0; j < kEights; j += 2) {
-      store_matrix_x4(to + to_row + ((first + j + lane / 16) ^ lane % 8) * 16,
+    for (int j = 0; j < 8; j += 2) {
+      store_matrix_x4(to + to_row + ((j + lane / 16) ^ lane % 8) * 16,
                       {rounded[j][0], rounded[j][1], rounded[j + 1][0], rounded[j + 1][1]});
     }
-    if (part % kParts + 1 < kParts) continue;
     stores_before_tma();
     warpgroup_sync(1 + warpgroup);
     if (threadIdx.x % 128 == 0) store_box(&maps.result, to, column + box * 64, row);
@@ -143,13 +137,13 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
     if (stage >= 0 && lane < Tile::kCluster) barrier_arrive_at(freed + stage * 8, lane);
   };
   while (tile.advance()) {
+    float sums[Tile::kColumns / 2];
     if constexpr (First::kAny) {
       if (tile.stretch >= 0) {
-        make_stretch<Tile>(f, tile, p, place, shared, loaded, freed, warpgroup);
+        make_stretch(f, tile, p, place, shared, loaded, freed, warpgroup, sums);
         continue;
       }
     }
-    float sums[Tile::kColumns / 2];
     int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
     const auto multiply = [&](int step) {
       const uint64_t at = static_cast<uint64_t>(place.stage * (Tile::kStageBytes >> 4));
@@ -182,7 +176,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
       place.advance();
     }
     const int row = tile.row + warpgroup * 64;
-    ColumnFactors<First::kEights> factors;
+    ColumnFactors factors;
     factors.load(p, tile.column + lane % 4 * 2);
     products_wait<0>();
     sums_are_ready(sums);

@@ -17,6 +17,7 @@ struct ProductProblem {
   int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
   int group;                       // of rows of tiles that are walked down before the next column of tiles
   int first;                       // numbers before those of the tiles: of what is made first (product_first.cuh)
+  int last;                        // numbers after them: of what is made last (product_last.cuh)
   // Two zeros that are left as zeros: how many tiles were taken, and how many clusters have found none. No two products
   // at once may share them. Null: of n clusters, each takes every n-th tile.
   unsigned* counters;
@@ -67,7 +68,7 @@ struct TileWalk {
   uint32_t numbers;         // where they are told, or 0: dealt out beforehand
   int taken = 0;            // tiles, by this cluster
   int row = 0, column = 0;  // of the tile, in numbers
-  int stretch = -1;         // or else the number of what is made first
+  int stretch = -1;         // or else the number of what is made first, or last
 
   __device__ __forceinline__ TileWalk(const ProductProblem& p, uint32_t shared)
       : p(p),
@@ -87,8 +88,11 @@ struct TileWalk {
     ++taken;
     stretch = number < p.first ? number : -1;
     if (stretch >= 0) return true;
-    const int tile = number - p.first;
-    if (tile >= rows_of_tiles * columns_of_tiles) return false;
+    const int tile = number - p.first, all = rows_of_tiles * columns_of_tiles;
+    if (tile >= all) {
+      stretch = tile - all;
+      return stretch < p.last;
+    }
     const int in_group = p.group * columns_of_tiles, first_row = tile / in_group * p.group, within = tile % in_group;
     const int rows_here = min(p.group, rows_of_tiles - first_row);
     row = ((first_row + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;

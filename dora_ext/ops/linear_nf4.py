@@ -18,7 +18,6 @@ from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
 
 _REST = 32  # the bit after linear_backward's own
-_DECODE_TOKENS = 8  # csrc/decode.h
 
 
 @fake("linear_nf4_forward")
@@ -167,21 +166,8 @@ def _operands(layout: tuple, stored: tuple) -> tuple:
 
 
 def _forward_nf4(layout, dense, x, rest, stored, *others):
-    if dense is None and rest is None and _is_decoded_in_half(x, layout):
-        lora_A, lora_B, _, bias, _, gain, scaling = others
-        tokens = x.reshape(-1, x.shape[-1])
-        op = torch.ops.dora_ext.linear_decode_nf4.default
-        y, h = op(tokens, *_operands(layout, stored), lora_A, lora_B, gain, bias, scaling)
-        return y.view(*x.shape[:-1], y.shape[-1]), h, x.new_empty(0)
     op = torch.ops.dora_ext.linear_nf4_forward.default
     return op(x, *_operands(layout, stored), *others, rest, dense)
-
-
-def _is_decoded_in_half(x: Tensor, layout: tuple) -> bool:
-    """A few tokens in bfloat16 or float16 on the CPU. About other devices, and float32, linear_nf4_forward decides."""
-    if not (x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and layout[2] in (torch.float32, x.dtype)):
-        return False
-    return x.dim() > 0 and 0 < x.shape[:-1].numel() <= _DECODE_TOKENS
 
 
 def _backward_nf4(layout, grad_y, y, x, h, stored, *others):

@@ -1,5 +1,7 @@
 """The product for Hopper that linear layers run on: g * ([x | h] [W | B]^T) + bias in one kernel. Nothing public."""
 
+import torch
+
 from ._registry import fake
 
 
@@ -11,3 +13,8 @@ def _(left, right, left_tail=None, right_tail=None, gain=None, bias=None, right_
 @fake("hopper_forward")
 def _(x, weight, lora_A, lora_B, gain, bias, scaling):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@fake("hopper_backward")
+def _(grad, weight, P, lora_A, x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), lora_A.new_empty(lora_A.shape)
