@@ -121,6 +121,30 @@ std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weigh
   return {y, h};
 }
 
+bool product_makes_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+  static auto fits = find_op<bool(const Tensor&, const Tensor&, const Tensor&)>("dora_ext::hopper_forward_norm_fits");
+  const Products which = chosen;
+  if (!x.is_cuda() || which == Products::kLibrary || !fits.call(x, weight, lora_A)) return false;
+  return which == Products::kHopper || hopper_product_wins(x.size(0), weight.size(0), weight.size(1));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_products_with_norms(const Tensor& x, const Tensor& weight,
+                                                                       const Tensor& lora_A, const Tensor& lora_B,
+                                                                       const Tensor& magnitude,
+                                                                       const OptionalTensor& bias, double scaling,
+                                                                       const KeptNorms* kept) {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  if (kept == nullptr) {
+    static auto op = find_op<Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const OptionalTensor&, double)>("dora_ext::hopper_forward_norm");
+    return op.call(x, weight, lora_A, lora_B, magnitude, bias, scaling);
+  }
+  static auto op =
+      find_op<Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                      double, Tensor&, Tensor&, int64_t)>("dora_ext::hopper_forward_norm_cached");
+  return op.call(x, weight, lora_A, lora_B, magnitude, bias, scaling, kept->cached, kept->fingerprint, kept->epoch);
+}
+
 namespace {
 
 Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const Tensor& P, const Tensor& A) {

@@ -15,6 +15,20 @@ std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weigh
                                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                             const OptionalTensor& bias, double scaling);
 
+// What norm_cached keeps between calls.
+struct KeptNorms {
+  Tensor &cached, &fingerprint;
+  int64_t epoch;
+};
+
+// y, h, n and g of a W (out, in), where the product makes the norms too; `kept` may be null.
+bool product_makes_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_products_with_norms(const Tensor& x, const Tensor& weight,
+                                                                       const Tensor& lora_A, const Tensor& lora_B,
+                                                                       const Tensor& magnitude,
+                                                                       const OptionalTensor& bias, double scaling,
+                                                                       const KeptNorms* kept);
+
 // dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be. And dA = P^T x in lora_A's dtype, if
 // `want_A`; else undefined.
 std::tuple<Tensor, Tensor> backward_products(Tensor G, const Tensor& weight, bool transposed, const Tensor& P,

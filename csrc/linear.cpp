@@ -26,12 +26,6 @@ std::tuple<Tensor, Tensor> norm_op(const Tensor& weight, const Tensor& lora_A, c
   return op.call(weight, lora_A, lora_B, magnitude, scaling, transposed);
 }
 
-// What norm_cached keeps between calls.
-struct KeptNorms {
-  Tensor &cached, &fingerprint;
-  int64_t epoch;
-};
-
 std::tuple<Tensor, Tensor> norm_cached_op(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                           const Tensor& magnitude, double scaling, bool transposed,
                                           const KeptNorms& kept) {
@@ -64,8 +58,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor&
   InsideOp guard;
   check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
   if (gain) check_feature(op, "gain", *gain, lora_B.size(0), weight);
-  Tensor n, g;
-  if (gain) {
+  const Tensor tokens = as_tokens(x);
+  const bool decodes = !transposed && decode_fits(tokens, weight);
+  Tensor y, h, n, g;
+  if (!gain && !transposed && !decodes && product_makes_norms(tokens, weight, lora_A)) {
+    std::tie(y, h, n, g) = forward_products_with_norms(tokens, weight, lora_A, lora_B, magnitude, bias, scaling, kept);
+  } else if (gain) {
     // An op whose schema declares no alias must not return its arguments; the caller has them.
     n = at::empty({0}, gain->options());
     g = at::empty({0}, gain->options());
@@ -73,11 +71,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor&
     std::tie(n, g) = kept == nullptr ? norm_op(weight, lora_A, lora_B, magnitude, scaling, transposed)
                                      : norm_cached_op(weight, lora_A, lora_B, magnitude, scaling, transposed, *kept);
   }
-  const Tensor tokens = as_tokens(x);
-  const Tensor& used_gain = gain ? *gain : g;
-  const auto [y, h] = !transposed && decode_fits(tokens, weight)
-                          ? decode_op(tokens, weight, lora_A, lora_B, used_gain, bias, scaling)
-                          : forward_products(tokens, weight, transposed, lora_A, lora_B, used_gain, bias, scaling);
+  if (!y.defined()) {
+    const Tensor& used_gain = gain ? *gain : g;
+    std::tie(y, h) = decodes ? decode_op(tokens, weight, lora_A, lora_B, used_gain, bias, scaling)
+                             : forward_products(tokens, weight, transposed, lora_A, lora_B, used_gain, bias, scaling);
+  }
   auto shape = x.sizes().vec();
   shape.back() = y.size(1);
   return {in_shape(y, shape), h, n, g};

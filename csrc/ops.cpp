@@ -119,6 +119,16 @@ TORCH_LIBRARY(dora_ext, m) {
   // Would it take them? As hopper_product_fits; a rank of a multiple of 8 up to 64; a last round of tiles that leaves
   // part of the GPU to h.
   m.def("hopper_forward_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
+  // The same where it also makes the norms first, as norm and norm_cached have them, whether or not h too.
+  m.def(
+      "hopper_forward_norm(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
+      " float scaling) -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
+  m.def(
+      "hopper_forward_norm_cached(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? "
+      "bias,"
+      " float scaling, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
+      " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
+  m.def("hopper_forward_norm_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
   // (dX, dA) = ([grad | P] [W ; A], P^T x), of grad (tokens, out) and P (tokens, r), where the same kernel makes dA
   // last; dA in the dtype of lora_A.
   m.def("hopper_backward(Tensor grad, Tensor weight, Tensor P, Tensor lora_A, Tensor x) -> (Tensor, Tensor)");

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 namespace dora_ext {
 
@@ -24,22 +25,42 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
   return wide <= narrow ? ProductChoice{256, wide} : ProductChoice{128, narrow};
 }
 
-// In how many stretches of how many rows of tiles a product makes h first (product_first.cuh). A row of tiles, 256 rows
-// of h, takes a pair of blocks 12 us at k = 4096: more than two of them, and tiles wait for h; more than eight pairs at
-// once, and they take the memory from those that multiply. None where the last round leaves too few pairs idle.
-struct Stretches {
-  int64_t count, rows_of_tiles;  // rows of tiles in each
+// What a product makes first (product_first.cuh), and by how many pairs of blocks. Its units are rows of tiles, 256
+// rows of h, and columns of tiles, 256 norms: each takes a pair of blocks 12 us at k = 4096, and a tile asks for them
+// after
+// 50. None where the last round leaves too few pairs idle.
+struct First {
+  int64_t pairs = 0;
+  bool hidden = false, norms = false;
 };
-inline Stretches choose_stretches(int64_t rows, int64_t columns, int64_t multiprocessors) {
-  constexpr int64_t kPairs = 8, kLongest = 2, kMost = 128;
+inline First choose_first(int64_t rows, int64_t columns, int64_t multiprocessors, bool want_norms) {
+  constexpr int64_t kPairs = 8, kMostUnits = 256;
   const int64_t width = choose_product(rows, columns, multiprocessors).width, pairs = multiprocessors / 2;
-  const int64_t rows_of_tiles = (rows + 255) / 256, tiles = rows_of_tiles * ((columns + width - 1) / width);
-  const int64_t idle = std::min(kMost, product_rounds(rows, columns, width, multiprocessors) * pairs - tiles);
-  for (int64_t stretch = std::min(kLongest, (rows_of_tiles + kPairs - 1) / kPairs); stretch <= kLongest; ++stretch) {
-    const int64_t count = (rows_of_tiles + stretch - 1) / stretch;
-    if (count <= idle) return {count, stretch};
+  const int64_t of_h = (rows + 255) / 256, of_norms = (columns + 255) / 256;
+  const int64_t tiles = of_h * ((columns + width - 1) / width);
+  const int64_t idle = product_rounds(rows, columns, width, multiprocessors) * pairs - tiles;
+  // More units than `longest` for a pair, and tiles wait; more pairs than kPairs at once, and they take the memory from
+  // those that multiply.
+  const auto fit = [&](bool hidden, bool norms, int64_t longest) {
+    const int64_t units = (hidden ? of_h : 0) + (norms ? of_norms : 0);
+    for (int64_t each = std::min(longest, (units + kPairs - 1) / kPairs); each <= longest && units <= kMostUnits;
+         ++each) {
+      const int64_t count = (units + each - 1) / each;
+      if (count <= idle) return First{count, hidden, norms};
+    }
+    return First{};
+  };
+  First first;
+  if (want_norms && width == 256 && getenv("DORA_FIRST") == nullptr) first = fit(true, true, 4);
+  if (want_norms && width == 256 && getenv("DORA_FIRST") != nullptr) {
+    const int64_t units = of_h + of_norms, each = atoi(getenv("DORA_FIRST"));
+    if (each > 0 && (units + each - 1) / each <= idle) first = First{(units + each - 1) / each, true, true};
+    if (each < 0 && (of_norms - each - 1) / -each <= idle) return First{(of_norms - each - 1) / -each, false, true};
+    if (each == 0) return fit(true, false, 2);
   }
-  return {0, 0};
+  if (first.pairs == 0) first = fit(true, false, 2);
+  if (first.pairs == 0 && want_norms && width == 256) first = fit(false, true, 2);
+  return first;
 }
 
 // Should a product of rows x columns x inner make dA = P^T x last (product_last.cuh), in stretches of 256 columns a

@@ -7,6 +7,7 @@
 #include "norm.cuh"
 #include "norm_factors.h"
 #include "norm_fingerprint.cuh"
+#include "norm_fingerprint.h"
 
 namespace dora_ext {
 namespace {
@@ -67,6 +68,23 @@ std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& 
 }
 
 }  // namespace
+
+void update_fingerprint(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, int64_t epoch,
+                        Tensor& fingerprint) {
+  switch_dtype(weight.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    NormProblem<T> problem{};
+    problem.weight = data<T>(weight);
+    problem.lora_A = data<T>(lora_A);
+    problem.lora_B = data<T>(lora_B);
+    problem.out = weight.size(0);
+    problem.in = problem.pitch_A = weight.size(1);
+    problem.rank = static_cast<int>(lora_A.size(0));
+    launch_fingerprint(problem, /*transposed=*/false, scaling, epoch, mutable_data<int64_t>(fingerprint),
+                       multiprocessors(), current_stream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
   m.impl("norm", &norm_cuda);

@@ -35,7 +35,7 @@ struct ProductCounters {
 // A captured product that makes something first gets counters of its own, never to be given again, since replays of
 // its graph may run beside anything but one another.
 inline ProductCounters product_counters(const at::Tensor& like, bool any_first) {
-  constexpr int64_t kTiles = 2, kEach = 2 + 1 + 128 + 5, kCaptured = 1 << 13;
+  constexpr int64_t kTiles = 2, kEach = 2 + 1 + 256 + 5, kCaptured = 1 << 12;
   struct Kept {
     at::Tensor captured;  // four million bytes
     int64_t given = 0;

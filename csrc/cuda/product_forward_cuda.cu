@@ -1,5 +1,5 @@
-// hopper_forward: the forward of a linear layer as one product that makes h = x A^T first (product_first.cuh). Where it
-// does not fit: layer_products.cpp.
+// hopper_forward and hopper_forward_norm: the forward of a linear layer as one product that makes h = x A^T, the norms,
+// or both first (product_first.cuh). Where it does not fit: layer_products.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -7,7 +7,9 @@
 
 #include "../check_linear.h"
 #include "../check_product.h"
+#include "../products.h"
 #include "launch.h"
+#include "norm_fingerprint.h"
 #include "product.cuh"
 #include "product_face.h"
 
@@ -16,71 +18,148 @@ namespace {
 
 constexpr int64_t kMostRanks = 64;
 
-bool hopper_forward_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+// What of it is made first, if it can be at all.
+First choose(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool want_norms) {
   const int64_t rank = lora_A.size(0);
-  if (!is_half(x.scalar_type()) || rank % 8 != 0 || rank > kMostRanks) return false;
+  if (!is_half(x.scalar_type()) || rank % 8 != 0 || rank > kMostRanks) return {};
   const c10::cuda::CUDAGuard guard(x.device());
-  return on_hopper() && has_product_kernel() && product_matrix_misfit(x) == nullptr &&
-         product_matrix_misfit(weight) == nullptr && weight.size(0) % 8 == 0 && weight.size(1) % 8 == 0 &&
-         choose_stretches(x.size(0), weight.size(0), multiprocessors()).count > 0;
+  if (!on_hopper() || !has_product_kernel() || product_matrix_misfit(x) != nullptr ||
+      product_matrix_misfit(weight) != nullptr || weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0) {
+    return {};
+  }
+  return choose_first(x.size(0), weight.size(0), multiprocessors(), want_norms);
+}
+bool hopper_forward_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+  return choose(x, weight, lora_A, /*want_norms=*/false).hidden;
+}
+bool hopper_forward_norm_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+  return weight.is_contiguous() && choose(x, weight, lora_A, /*want_norms=*/true).norms;
 }
 
+// A layer's forward, its matrices in one dtype; what goes in, and what comes out.
+struct Forward {
+  Tensor x, weight, A, B;
+  OptionalTensor bias;  // fp32
+  double scaling;
+  First first;
+  Tensor y, h, gain;             // gain is made, or given
+  Tensor norm, magnitude;        // where the norms are made
+  Tensor *cached, *fingerprint;  // or null
+};
+
 template <typename T, int kRanks>
-void run(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& gain,
-         const OptionalTensor& bias, double scaling, const Tensor& y, const Tensor& h) {
-  const int64_t rows = x.size(0), columns = weight.size(0), rank = A.size(0);
-  const int devices_multiprocessors = multiprocessors();
-  const Stretches stretches = choose_stretches(rows, columns, devices_multiprocessors);
-  const Tensor scaled_h = scaling == 1 ? h : at::empty_like(h);
-  const Tensor g = aligned(gain, 8), b = bias ? aligned(*bias, 8) : Tensor();
-  const ProductCounters counters = product_counters(x, /*any_first=*/true);
+void run(const Forward& f) {
+  const int64_t rows = f.x.size(0), columns = f.weight.size(0), rank = f.A.size(0);
+  const Tensor g = aligned(f.gain, 8), b = f.bias ? aligned(*f.bias, 8) : Tensor();
+  const ProductCounters counters = product_counters(f.x, /*any_first=*/true);
   HiddenFirst<T, kRanks> first{};
-  if (!encode_map<T>(&first.lora_A, product_matrix(A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
-  first.h = mutable_data<T>(h);
-  first.scaled_h = scaling == 1 ? nullptr : mutable_data<T>(scaled_h);
+  if (!encode_map<T>(&first.lora_A, product_matrix(f.A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
+  Tensor scaled_h = f.h;
+  if (f.first.hidden) {
+    if (f.scaling != 1) scaled_h = at::empty_like(f.h);
+    first.h = mutable_data<T>(f.h);
+    first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(scaled_h);
+    first.units = static_cast<int>((rows + 255) / 256);
+    first.early = std::min(kGroup, first.units);
+  } else if (f.scaling != 1) {
+    scaled_h = f.h.mul(f.scaling);
+  }
   first.counters = reinterpret_cast<FirstCounters*>(counters.first);
-  first.scaling = static_cast<float>(scaling);
+  first.scaling = static_cast<float>(f.scaling);
   first.rank = static_cast<int>(rank);
-  first.stretch = static_cast<int>(stretches.rows_of_tiles);
+  if (f.first.norms) {
+    first.norms.units = static_cast<int>((columns + 255) / 256);
+    first.norms.magnitude = feature_vector(f.magnitude);
+    first.norms.fingerprint = f.fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*f.fingerprint);
+    first.norms.cached = f.cached == nullptr ? nullptr : mutable_data<float>(*f.cached);
+    first.norms.norm = mutable_data<float>(f.norm);
+    first.norms.gain = mutable_data<float>(f.gain);
+  }
   ProductProblem p{};
   p.gain = data<float>(g);
-  p.bias = bias ? data<float>(b) : nullptr;
+  p.bias = f.bias ? data<float>(b) : nullptr;
   p.rows = static_cast<int>(rows);
   p.columns = static_cast<int>(columns);
-  p.inner = static_cast<int>(x.size(1));
+  p.inner = static_cast<int>(f.x.size(1));
   p.tail = static_cast<int>(rank);
-  p.first = static_cast<int>(stretches.count);
+  p.first = static_cast<int>(f.first.pairs);
   p.counters = counters.tiles;
-  const ProductMatrices m{product_matrix(x), product_matrix(weight), product_matrix(scaled_h), product_matrix(B),
-                          product_matrix(y)};
-  C10_CUDA_CHECK((launch_product<T, false>(m, p, first, devices_multiprocessors, current_stream())));
+  const ProductMatrices m{product_matrix(f.x), product_matrix(f.weight), product_matrix(scaled_h), product_matrix(f.B),
+                          product_matrix(f.y)};
+  C10_CUDA_CHECK((launch_product<T, false>(m, p, first, multiprocessors(), current_stream())));
+}
+
+// All but gain and norms.
+Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                const Tensor& feature, const OptionalTensor& bias, double scaling, bool want_norms) {
+  check_linear(op, x, weight, lora_A, lora_B, feature, bias, scaling, /*transposed=*/false);
+  check_dim(op, "x", x, 2);
+  Forward f{};
+  f.first = choose(x, weight, lora_A, want_norms);
+  TORCH_CHECK_VALUE(want_norms ? f.first.norms && weight.is_contiguous() : f.first.hidden, op,
+                    ": x, weight, lora_A: expected what hopper_forward", want_norms ? "_norm" : "",
+                    "_fits says yes to");
+  const auto dtype = x.scalar_type();
+  f.x = x;
+  f.weight = weight;
+  f.A = aligned(in_dtype(lora_A, dtype), 16);
+  f.B = aligned(in_dtype(lora_B, dtype), 16);
+  if (bias) f.bias = in_dtype(*bias, at::kFloat);
+  f.scaling = scaling;
+  f.y = at::empty({x.size(0), weight.size(0)}, x.options());
+  f.h = f.first.hidden ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
+  return f;
+}
+
+void run(const Forward& f) {
+  const auto run_it = [&](auto tag) {
+    using T = decltype(tag);
+    return f.A.size(0) <= 16 ? run<T, 16> : f.A.size(0) <= 32 ? run<T, 32> : run<T, 64>;
+  };
+  f.x.scalar_type() == at::kHalf ? run_it(__half{})(f) : run_it(__nv_bfloat16{})(f);
 }
 
 std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                                           const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
                                           double scaling) {
-  const char* op = "dora_ext::hopper_forward";
-  check_linear(op, x, weight, lora_A, lora_B, gain, bias, scaling, /*transposed=*/false);
-  check_dim(op, "x", x, 2);
   const c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK_VALUE(hopper_forward_fits(x, weight, lora_A), op,
-                    ": x, weight, lora_A: expected what hopper_forward_fits says yes to");
-  const auto dtype = x.scalar_type();
-  const Tensor A = aligned(in_dtype(lora_A, dtype), 16), B = aligned(in_dtype(lora_B, dtype), 16);
-  const Tensor g = in_dtype(gain, at::kFloat);
-  const OptionalTensor b = bias ? OptionalTensor(in_dtype(*bias, at::kFloat)) : std::nullopt;
-  const Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-  const Tensor h = at::empty({x.size(0), A.size(0)}, x.options());
-  const auto run_it = [&](auto tag) {
-    using T = decltype(tag);
-    return A.size(0) <= 16 ? run<T, 16> : A.size(0) <= 32 ? run<T, 32> : run<T, 64>;
-  };
-  if (dtype == at::kHalf) {
-    run_it(__half{})(x, weight, A, B, g, b, scaling, y, h);
-  } else {
-    run_it(__nv_bfloat16{})(x, weight, A, B, g, b, scaling, y, h);
-  }
-  return {y, h};
+  Forward f = prepare("dora_ext::hopper_forward", x, weight, lora_A, lora_B, gain, bias, scaling, false);
+  f.gain = in_dtype(gain, at::kFloat);
+  run(f);
+  return {f.y, f.h};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> with_norms(const char* op, const Tensor& x, const Tensor& weight,
+                                                      const Tensor& lora_A, const Tensor& lora_B,
+                                                      const Tensor& magnitude, const OptionalTensor& bias,
+                                                      double scaling, Tensor* cached, Tensor* fingerprint,
+                                                      int64_t epoch) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  Forward f = prepare(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, true);
+  f.norm = at::empty({weight.size(0)}, x.options().dtype(at::kFloat));
+  f.gain = at::empty_like(f.norm);
+  f.magnitude = magnitude.contiguous();
+  f.cached = cached;
+  f.fingerprint = fingerprint;
+  if (fingerprint != nullptr) update_fingerprint(weight, f.A, f.B, scaling, epoch, *fingerprint);
+  run(f);
+  return {f.y, f.h, f.norm, f.gain};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm(const Tensor& x, const Tensor& weight,
+                                                               const Tensor& lora_A, const Tensor& lora_B,
+                                                               const Tensor& magnitude, const OptionalTensor& bias,
+                                                               double scaling) {
+  return with_norms("dora_ext::hopper_forward_norm", x, weight, lora_A, lora_B, magnitude, bias, scaling, nullptr,
+                    nullptr, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm_cached(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+    const OptionalTensor& bias, double scaling, Tensor& cached, Tensor& fingerprint, int64_t epoch) {
+  const char* op = "dora_ext::hopper_forward_norm_cached";
+  check_cached(op, cached, fingerprint, weight, at::kFloat, weight.size(0));
+  return with_norms(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, &cached, &fingerprint, epoch);
 }
 
 }  // namespace
@@ -88,6 +167,9 @@ std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight,
 TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
   m.impl("hopper_forward", &hopper_forward);
   m.impl("hopper_forward_fits", &hopper_forward_fits);
+  m.impl("hopper_forward_norm", &hopper_forward_norm);
+  m.impl("hopper_forward_norm_cached", &hopper_forward_norm_cached);
+  m.impl("hopper_forward_norm_fits", &hopper_forward_norm_fits);
 }
 
 }  // namespace dora_ext

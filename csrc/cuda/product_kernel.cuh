@@ -14,8 +14,8 @@
 // ProductProblem.
 #pragma once
 
-#include "product_first.cuh"
 #include "product_last.cuh"
+#include "product_norms.cuh"
 
 namespace dora_ext {
 
@@ -70,7 +70,8 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
   }
 }
 
-// gain and bias of a thread's columns in a box of 64: two in every eight.
+// gain and bias of a thread's columns in a box of 64: two in every eight. kGainMade: by this kernel itself.
+template <bool kGainMade>
 struct ColumnFactors {
   float2 gain[8], bias[8];
 
@@ -78,8 +79,9 @@ struct ColumnFactors {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const bool inside = column + 8 * j < p.columns;
-      gain[j] = inside && p.gain != nullptr ? __ldg(reinterpret_cast<const float2*>(p.gain + column + 8 * j))
-                                            : make_float2(1.0f, 1.0f);
+      const auto* here = reinterpret_cast<const float2*>(p.gain + column + 8 * j);
+      gain[j] = make_float2(1.0f, 1.0f);
+      if (inside && p.gain != nullptr) gain[j] = kGainMade ? __ldcg(here) : __ldg(here);
       bias[j] = inside && p.bias != nullptr ? __ldg(reinterpret_cast<const float2*>(p.bias + column + 8 * j))
                                             : make_float2(0.0f, 0.0f);
     }
@@ -87,8 +89,8 @@ struct ColumnFactors {
 };
 
 // One warpgroup: its 64 rows of the tile, box by box, through shared memory.
-template <typename T, typename Tile>
-__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], ColumnFactors& factors,
+template <typename T, typename Tile, typename Factors>
+__device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 2], Factors& factors,
                                            const ProductMaps& maps, const ProductProblem& p, int row, int column,
                                            uint32_t boxes, int warpgroup) {
   const int lane = threadIdx.x % 32;
@@ -176,7 +178,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
       place.advance();
     }
     const int row = tile.row + warpgroup * 64;
-    ColumnFactors factors;
+    ColumnFactors<First::kGainMade> factors;
     factors.load(p, tile.column + lane % 4 * 2);
     products_wait<0>();
     sums_are_ready(sums);

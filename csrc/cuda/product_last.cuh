@@ -12,7 +12,7 @@ namespace dora_ext {
 // kRanks: 16, 32 or 64, no less than the rank. T: of x and P. P's map is that of left_tail.
 template <typename T, int kRanks_>
 struct GradientLast {
-  static constexpr bool kAny = true;
+  static constexpr bool kAny = true, kGainMade = false;
   static constexpr int kRanks = kRanks_;
   static constexpr int kTokens = 128, kBoxes = 2;  // a stage: as many tokens, of boxes of 64 columns, in each block
   static constexpr int kColumns = 64 * kBoxes;
@@ -73,6 +73,8 @@ __device__ __forceinline__ void make_stretch(const GradientLast<T, kRanks>& f, c
 #pragma unroll 1
   for (int token = 0; token < p.rows; token += f.kTokens) {
     const uint32_t stage = shared + place.stage * Tile::kStageBytes;
+    // Tensor cores cut off what does not fit into a sum of fp32: over many tokens that would add up.
+    float part[kM][2][4] = {};
     barrier_wait(loaded + place.stage * 8, place.parity);
 #pragma unroll
     for (int k = 0; k < f.kTokens; k += 16) {
@@ -82,13 +84,18 @@ __device__ __forceinline__ void make_stretch(const GradientLast<T, kRanks>& f, c
       for (int m = 0; m < kM; ++m) {
         uint32_t a[4];
         load_matrix_x4_at<true>(a, stage + p_at + k * 128 + ((m * 2 + p_eight) ^ (p_token % 8)) * 16);
-        mma_m16n8k16<T>(sums[m][0], a, {b[0], b[1]});
-        mma_m16n8k16<T>(sums[m][1], a, {b[2], b[3]});
+        mma_m16n8k16<T>(part[m][0], a, {b[0], b[1]});
+        mma_m16n8k16<T>(part[m][1], a, {b[2], b[3]});
       }
     }
     __syncwarp();
     if (lane < Tile::kCluster) barrier_arrive_at(freed + place.stage * 8, lane);
     place.advance();
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[m][i / 4][i % 4] += part[m][i / 4][i % 4];
+    }
   }
   const int column = first_column(f, tile) + warp * 16 + lane % 4 * 2;
 #pragma unroll

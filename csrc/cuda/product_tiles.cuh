@@ -16,10 +16,11 @@ struct ProductProblem {
   const float* bias;               // (columns,), on 8 bytes, or null: 0
   int rows, columns, inner, tail;  // columns, inner and tail are multiples of 8
   int group;                       // of rows of tiles that are walked down before the next column of tiles
-  int first;                       // numbers before those of the tiles: of what is made first (product_first.cuh)
+  int first;                       // numbers before those of the tiles: clusters that make something first
   int last;                        // numbers after them: of what is made last (product_last.cuh)
   // Two zeros that are left as zeros: how many tiles were taken, and how many clusters have found none. No two products
-  // at once may share them. Null: of n clusters, each takes every n-th tile.
+  // at once may share them. Null: of n clusters, each takes every n-th tile, and those that the last round leaves idle
+  // share what is made last.
   unsigned* counters;
 };
 
@@ -83,7 +84,7 @@ struct TileWalk {
       barrier_wait_for_cluster(numbers + slot * 8, taken / Tile::kNumbers % 2);
       number = static_cast<int>(load_shared(numbers + Tile::kNumbers * 8 + slot * 4));
     } else if (taken > 0) {
-      number += static_cast<int>(gridDim.x) / Tile::kCluster;
+      number += step();
     }
     ++taken;
     stretch = number < p.first ? number : -1;
@@ -91,13 +92,23 @@ struct TileWalk {
     const int tile = number - p.first, all = rows_of_tiles * columns_of_tiles;
     if (tile >= all) {
       stretch = tile - all;
-      return stretch < p.last;
+      return stretch < p.last && (numbers != 0 || static_cast<int>(blockIdx.x) / Tile::kCluster >= in_last_round());
     }
     const int in_group = p.group * columns_of_tiles, first_row = tile / in_group * p.group, within = tile % in_group;
     const int rows_here = min(p.group, rows_of_tiles - first_row);
     row = ((first_row + within % rows_here) * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
     column = within / rows_here * Tile::kColumns;
     return true;
+  }
+
+  // Where numbers are dealt out: clusters that have a tile in a last round that is not full; and how far the next
+  // number is from this one.
+  __device__ __forceinline__ int in_last_round() const {
+    return (p.first + rows_of_tiles * columns_of_tiles) % (static_cast<int>(gridDim.x) / Tile::kCluster);
+  }
+  __device__ __forceinline__ int step() const {
+    const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
+    return number < p.first + rows_of_tiles * columns_of_tiles ? clusters : clusters - in_last_round();
   }
 
   // `next`: of the tile after those that were told.

@@ -15,6 +15,14 @@ def _(x, weight, lora_A, lora_B, gain, bias, scaling):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
+@fake("hopper_forward_norm")
+@fake("hopper_forward_norm_cached")
+def _(x, weight, lora_A, lora_B, magnitude, bias, scaling, cached=None, fingerprint=None, epoch=0):
+    norm = x.new_empty(weight.shape[0], dtype=torch.float32)
+    hidden = x.new_empty(x.shape[0], lora_A.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), hidden, norm, torch.empty_like(norm)
+
+
 @fake("hopper_backward")
 def _(grad, weight, P, lora_A, x):
     return torch.empty_like(x, memory_format=torch.contiguous_format), lora_A.new_empty(lora_A.shape)

@@ -1,0 +1,170 @@
+"""torch.ops.dora_ext.hopper_forward_norm: a product that makes its own gain first, the norms of W + s B A, with h or
+without. Each case is an edge of the norms: units of 256 features, stages, ranks; h has tests/test_product_first.py."""
+
+import pytest
+import torch
+from test_product import HALVES, hopper
+
+import dora_ext  # noqa: F401, registers the ops
+from dora_ext.testing import adapter, relative_error
+
+ops = torch.ops.dora_ext
+forward, cached, fits = ops.hopper_forward_norm, ops.hopper_forward_norm_cached, ops.hopper_forward_norm_fits
+pytestmark = pytest.mark.cuda
+
+# tokens, in, out, rank: wide tiles in rounds of which the last leaves pairs of blocks idle. fmt: off
+SHAPES = [
+    pytest.param((4096, 72, 4096, 16), id="one stage"),
+    pytest.param((4096, 136, 4096, 8), id="half of a fragment's ranks"),
+    pytest.param((3600, 520, 4088, 24), id="edges of tokens, features and stages"),
+    pytest.param((4096, 1032, 3592, 64), id="all ranks"),
+    pytest.param((4096, 264, 14336, 32), id="many features"),
+    pytest.param((3000, 1024, 14336, 40), id="ranks of five eighths"),
+    pytest.param((4096, 1024, 1024, 16), id="without h"),
+    pytest.param((4096, 520, 1000, 64), id="without h, all ranks"),
+    pytest.param((16384, 136, 4096, 16), id="many tokens"),
+]
+
+
+class Case:
+    def __init__(self, tokens, inner, out, r, dtype=torch.bfloat16, scaling=1.5, bias=True, **options):
+        t = {k: v.detach() for k, v in adapter(out, inner, r, dtype=dtype, device="cuda", bias=bias, **options).items()}
+        self.weight, self.lora_A, self.lora_B = t["weight"], t["lora_A"], t["lora_B"]
+        self.magnitude, self.bias = t["magnitude"], t.get("bias")
+        self.x, self.scaling = torch.randn(tokens, inner, device="cuda").to(dtype), scaling
+
+    def operands(self):
+        return self.x, self.weight, self.lora_A, self.lora_B, self.magnitude, self.bias, self.scaling
+
+    def forward(self):
+        return forward(*self.operands())
+
+    def norms(self):
+        A, B = (t.to(self.x.dtype).double() for t in (self.lora_A, self.lora_B))
+        return torch.linalg.vector_norm(self.weight.double() + self.scaling * B @ A, dim=1)
+
+    def expect(self, y, h, norm, gain):
+        dtype = self.x.dtype
+        x, A, B = (t.to(dtype).double() for t in (self.x, self.lora_A, self.lora_B))
+        n = self.norms()
+        g = torch.where(n > 0, self.magnitude.double() / n, 0)
+        assert norm.dtype == gain.dtype == torch.float32 and y.dtype == h.dtype == dtype
+        assert relative_error(norm, n) <= 1e-6 and relative_error(gain, g) <= 1e-6
+        assert relative_error(h, x @ A.T) <= HALVES[dtype]
+        straight = g * (x @ self.weight.double().T + self.scaling * (x @ A.T) @ B.T)
+        assert relative_error(y, straight + (0 if self.bias is None else self.bias.double())) <= 1.5 * HALVES[dtype]
+
+
+@hopper
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scaling", [1.0, 1.5])
+def test_values(shape, dtype, scaling):
+    case = Case(*shape, dtype=dtype, scaling=scaling)
+    assert fits(case.x, case.weight, case.lora_A)
+    torch.full((shape[2],), float("nan"), device="cuda")  # what the norms may be made of
+    case.expect(*case.forward())
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(4096, 4096, 4096, 16), (4096, 14336, 4096, 64), (4096, 4096, 1024, 16)], ids=str)
+def test_values_of_a_real_layer(shape):
+    """A wider adapter, no bias, and features whose W is nothing or exactly what the adapter takes away."""
+    case = Case(*shape, bias=False, param_dtype=torch.float32)
+    case.weight[::7] = 0
+    case.lora_B[::14] = 0
+    assert fits(case.x, case.weight, case.lora_A)
+    y, h, norm, gain = case.forward()
+    case.expect(y, h, norm, gain)
+    assert not norm[::14].any() and not gain[::14].any() and not y[:, ::14].any()
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(4096, 72, 4096, 16), (3600, 520, 4088, 24), (4096, 1024, 1024, 64)], ids=str)
+def test_cache(shape):
+    """What is kept is what counts while the fingerprint holds, and norm_cached has the same."""
+    case = Case(*shape)
+    keep = torch.zeros(shape[2], device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    first = cached(*case.operands(), *keep)
+    case.expect(*first)
+    assert keep[1][3] == 1 and torch.equal(keep[0], first[2])
+    assert all(map(torch.equal, cached(*case.operands(), *keep), first)) and keep[1][3] == 1
+    other = ops.norm_cached(*case.operands()[1:5], case.scaling, False, *keep)
+    assert keep[1][3] == 1 and all(map(torch.equal, other, first[2:]))
+    keep[0].mul_(2)  # nobody looks at W while the fingerprint holds
+    twice = cached(*case.operands(), *keep)
+    assert torch.equal(twice[2], 2 * first[2]) and keep[1][3] == 1
+    case.lora_A[3, 5] += 1
+    case.expect(*cached(*case.operands(), *keep))
+    assert keep[1][3] == 2
+    cached(*case.operands(), *keep, 1)  # another epoch
+    assert keep[1][3] == 3
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(4096, 136, 4096, 16), (4096, 264, 14336, 32), (4096, 1024, 1024, 16)], ids=str)
+def test_same_bits_twice(shape):
+    case = Case(*shape)
+    first = case.forward()
+    for _ in range(5):
+        assert all(map(torch.equal, case.forward(), first))
+
+
+@hopper
+def test_is_captured_and_replayed():
+    case = Case(4096, 136, 4096, 16)
+    keep = torch.zeros(4096, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    cached(*case.operands(), *keep)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = cached(*case.operands(), *keep)
+    case.x.mul_(-3)
+    case.lora_B.mul_(0.5)
+    for _ in range(3):
+        graph.replay()
+    case.expect(*results)
+    assert keep[1][3] == 2
+
+
+@hopper
+def test_when_another_kernel_holds_multiprocessors():
+    """Clusters that come late find norms taken by those that are there."""
+    case, long = Case(4096, 136, 4096, 16), torch.randn(8192, 8192, device="cuda")
+    expected = case.forward()
+    holding, *streams = (torch.cuda.Stream() for _ in range(3))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(holding):
+        long @ long
+    got = []
+    for stream in streams * 5:  # two at once, each with a part of the GPU
+        with torch.cuda.stream(stream):
+            got.append(case.forward())
+    torch.cuda.synchronize()
+    assert all(all(map(torch.equal, results, expected)) for results in got)
+
+
+@hopper
+def test_what_does_not_fit():
+    case = Case(4096, 136, 4096, 16)
+    x, weight, lora_A, *rest = case.operands()
+    assert fits(x, weight, lora_A)
+    assert not fits(x, weight, lora_A[:12]) and not fits(x, weight, lora_A.repeat(5, 1))
+    assert not fits(x[:256], weight, lora_A)  # narrow tiles
+    assert not fits(x, torch.zeros(4096, 144, dtype=x.dtype, device="cuda")[:, :136], lora_A)
+    with pytest.raises(
+        ValueError, match="norm: x, weight, lora_A: expected what hopper_forward_norm_fits"
+    ):
+        forward(x[:256], weight, lora_A, *rest)
+    with pytest.raises(ValueError, match="hopper_forward_norm: lora_A: expected shape"):
+        forward(x, weight, lora_A[:, :32], *rest)
+    keep = torch.zeros(4095, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="hopper_forward_norm_cached: cached"):
+        cached(*case.operands(), *keep)
+
+
+@hopper
+def test_opcheck():
+    case = Case(4096, 72, 4096, 16)
+    torch.library.opcheck(forward, case.operands())
+    keep = torch.zeros(4096, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    torch.library.opcheck(cached.default, (*case.operands(), *keep), test_utils=("test_schema", "test_faketensor"))
