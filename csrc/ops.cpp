@@ -119,7 +119,7 @@ TORCH_LIBRARY(dora_ext, m) {
   // Would it take them? As hopper_product_fits; a rank of a multiple of 8 up to 64; a last round of tiles that leaves
   // part of the GPU to h.
   m.def("hopper_forward_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
-  // The same where it also makes the norms first, as norm and norm_cached have them, whether or not h too.
+  // The same with the norms, as norm and norm_cached have them: made first too, or launched before it.
   m.def(
       "hopper_forward_norm(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
       " float scaling) -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 namespace dora_ext {
 
@@ -26,40 +25,35 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
 }
 
 // What a product makes first (product_first.cuh), and by how many pairs of blocks. Its units are rows of tiles, 256
-// rows of h, and columns of tiles, 256 norms: each takes a pair of blocks 12 us at k = 4096, and a tile asks for them
-// after
-// 50. None where the last round leaves too few pairs idle.
+// rows of h, and columns of tiles, 256 norms: beside tiles each takes a pair of blocks some 15 us at k = 4096, those of
+// norms 22 at a rank of 16 and 35 at one of 64, and a tile asks for them after 50. None where the last round leaves too
+// few pairs idle.
 struct First {
   int64_t pairs = 0;
   bool hidden = false, norms = false;
 };
-inline First choose_first(int64_t rows, int64_t columns, int64_t multiprocessors, bool want_norms) {
-  constexpr int64_t kPairs = 8, kMostUnits = 256;
+inline First choose_first(int64_t rows, int64_t columns, int64_t rank, int64_t multiprocessors, bool want_norms) {
+  constexpr int64_t kMostUnits = 256;
   const int64_t width = choose_product(rows, columns, multiprocessors).width, pairs = multiprocessors / 2;
   const int64_t of_h = (rows + 255) / 256, of_norms = (columns + 255) / 256;
   const int64_t tiles = of_h * ((columns + width - 1) / width);
   const int64_t idle = product_rounds(rows, columns, width, multiprocessors) * pairs - tiles;
-  // More units than `longest` for a pair, and tiles wait; more pairs than kPairs at once, and they take the memory from
-  // those that multiply.
-  const auto fit = [&](bool hidden, bool norms, int64_t longest) {
+  const auto fit = [&](bool hidden, bool norms, int64_t fewest, int64_t most) {
     const int64_t units = (hidden ? of_h : 0) + (norms ? of_norms : 0);
-    for (int64_t each = std::min(longest, (units + kPairs - 1) / kPairs); each <= longest && units <= kMostUnits;
-         ++each) {
+    for (int64_t each = fewest; each <= most && units <= kMostUnits; ++each) {
       const int64_t count = (units + each - 1) / each;
       if (count <= idle) return First{count, hidden, norms};
     }
     return First{};
   };
   First first;
-  if (want_norms && width == 256 && getenv("DORA_FIRST") == nullptr) first = fit(true, true, 4);
-  if (want_norms && width == 256 && getenv("DORA_FIRST") != nullptr) {
-    const int64_t units = of_h + of_norms, each = atoi(getenv("DORA_FIRST"));
-    if (each > 0 && (units + each - 1) / each <= idle) first = First{(units + each - 1) / each, true, true};
-    if (each < 0 && (of_norms - each - 1) / -each <= idle) return First{(of_norms - each - 1) / -each, false, true};
-    if (each == 0) return fit(true, false, 2);
-  }
-  if (first.pairs == 0) first = fit(true, false, 2);
-  if (first.pairs == 0 && want_norms && width == 256) first = fit(false, true, 2);
+  const bool norms = want_norms && width == 256;
+  // Both, where W is not small beside x.
+  if (norms && rank <= 16 && 2 * of_norms >= of_h) first = fit(true, true, 2, 3);
+  if (norms && first.pairs == 0 && of_norms >= 2 * of_h) first = fit(false, true, 2, 2);
+  // More than eight pairs at once take the memory from those that multiply.
+  if (first.pairs == 0) first = fit(true, false, of_h <= 8 ? 1 : 2, 2);
+  if (norms && first.pairs == 0 && rank <= 16) first = fit(false, true, 2, 2);
   return first;
 }
 

@@ -61,7 +61,10 @@ __device__ __forceinline__ void copy_few_async(void* dst, const void* src) {
 #endif
 }
 
-// Asks for what lies there to be in the L2 cache when it is read.
+// Asks for what lies there to be in the L1 or the L2 cache when it is read.
+__device__ __forceinline__ void prefetch_to_l1(const void* src) {
+  asm volatile("prefetch.global.L1 [%0];\n" ::"l"(src));
+}
 __device__ __forceinline__ void prefetch_to_l2(const void* src) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(src));
 }

@@ -24,9 +24,11 @@ inline bool has_product_kernel() {
   return has_hopper_code(product_kernel<__half, HopperTile<128>, false, NothingFirst>);
 }
 
+// beside: set up, and begun, beside the launch before this one. left, right and what is made first were there before
+// that was launched; what may be its doing are tails, gain, bias, and a fingerprint.
 template <typename T, typename Tile, bool RightTransposed, typename First>
 cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
-                                 cudaStream_t stream) {
+                                 cudaStream_t stream, bool beside = false) {
   constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
   ProductMaps maps{};
   if (!encode_map<T>(&maps.left, m.left, Tile::kRows) || !encode_map<T>(&maps.right, m.right, kRightHeight) ||
@@ -40,17 +42,19 @@ cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, con
   const int64_t tiles = (int64_t{p.rows} + Tile::kCluster * Tile::kRows - 1) / (Tile::kCluster * Tile::kRows) *
                         ((p.columns + Tile::kColumns - 1) / Tile::kColumns);
   const int64_t clusters = multiprocessors / Tile::kCluster;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = Tile::kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = Tile::kCluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min(p.first + tiles + p.last, clusters) * Tile::kCluster));
   config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = beside ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, maps, p, first);
 }
 
@@ -59,11 +63,11 @@ constexpr int kGroup = 4;
 
 template <typename T, bool RightTransposed, typename First>
 cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
-                           cudaStream_t stream) {
+                           cudaStream_t stream, bool beside = false) {
   p.group = kGroup;
   return choose_product(p.rows, p.columns, multiprocessors).width == 256
-             ? launch_product_tiles<T, HopperTile<256>, RightTransposed>(m, p, first, multiprocessors, stream)
-             : launch_product_tiles<T, HopperTile<128>, RightTransposed>(m, p, first, multiprocessors, stream);
+             ? launch_product_tiles<T, HopperTile<256>, RightTransposed>(m, p, first, multiprocessors, stream, beside)
+             : launch_product_tiles<T, HopperTile<128>, RightTransposed>(m, p, first, multiprocessors, stream, beside);
 }
 
 }  // namespace dora_ext

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "launches.cuh"
 #include "mma.cuh"
 
 namespace dora_ext {

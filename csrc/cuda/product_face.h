@@ -26,16 +26,17 @@ inline HalfMatrix product_matrix(const at::Tensor& t) {
 // What a product on the current stream counts with. A stream's products follow one another and share theirs; its id is
 // never used again, as its address may be.
 struct ProductCounters {
-  unsigned* tiles;  // ProductProblem::counters. Null under capture: replays of a graph run on other streams, beside
-                    // this one's products
-  unsigned* first;  // FirstCounters
+  unsigned* tiles;     // ProductProblem::counters. Null under capture: replays of a graph run on other streams, beside
+                       // this one's products
+  unsigned* first;     // FirstCounters
+  bool fresh = false;  // zeroed by a launch just before
   at::Tensor keep;
 };
 
 // A captured product that makes something first gets counters of its own, never to be given again, since replays of
 // its graph may run beside anything but one another.
 inline ProductCounters product_counters(const at::Tensor& like, bool any_first) {
-  constexpr int64_t kTiles = 2, kEach = 2 + 1 + 256 + 5, kCaptured = 1 << 12;
+  constexpr int64_t kTiles = 2, kEach = 2 + 2 + 256 + 4, kCaptured = 1 << 12;
   struct Kept {
     at::Tensor captured;  // four million bytes
     int64_t given = 0;
@@ -56,7 +57,7 @@ inline ProductCounters product_counters(const at::Tensor& like, bool any_first) 
     } else {
       own = zeros(1);  // one launch more in each replay
     }
-    return {nullptr, numbers(own) + kTiles, own};
+    return {nullptr, numbers(own) + kTiles, here.given == kCaptured, own};
   }
   if (any_first && !here.captured.defined()) {
     here.captured = zeros(kCaptured);
@@ -65,8 +66,9 @@ inline ProductCounters product_counters(const at::Tensor& like, bool any_first) 
   unsigned long long stream = 0;
   C10_CUDA_CHECK(cudaStreamGetId(current_stream(), &stream));
   at::Tensor& counters = here.streams[stream];
-  if (!counters.defined()) counters = zeros(1);
-  return {numbers(counters), numbers(counters) + kTiles, counters};
+  const bool fresh = !counters.defined();
+  if (fresh) counters = zeros(1);
+  return {numbers(counters), numbers(counters) + kTiles, fresh, counters};
 }
 
 }  // namespace dora_ext

@@ -19,10 +19,10 @@ struct NothingFirst {
 };
 
 // Zeros that are left as zeros: how many clusters are done, and how often a warpgroup has made its 64 rows of a unit:
-// of those of norms, then of those of h. No two products at once may share them.
+// in all, and of each, first those of norms, then those of h. No two products at once may share them.
 struct FirstCounters {
   static constexpr int kUnits = 256;
-  unsigned done, made[kUnits];
+  unsigned done, all_made, made[kUnits];
 };
 constexpr unsigned kWarpgroupsOfUnit = 4;  // two in each block of the pair
 
@@ -66,15 +66,18 @@ __device__ __forceinline__ Unit unit_of(const HiddenFirst<T, kRanks>& f, int ind
 }
 
 // The thread that fetches: until what the tile's tail and its epilogue read is there. The others learn it from the
-// tail's stage.
+// tail's stage. Says whether all of all tiles is there: whoever asks again empties the L1 cache, where factors are.
 template <typename Tile, typename T, int kRanks>
-__device__ __forceinline__ void await_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile) {
+__device__ __forceinline__ bool await_stretch(const HiddenFirst<T, kRanks>& f, const TileWalk<Tile>& tile) {
+  const unsigned all = (f.units + f.norms.units) * kWarpgroupsOfUnit;
+  const bool ready = words_given(&f.counters->all_made) == all;
   const auto await = [&](int unit) {
-    while (words_given(&f.counters->made[unit]) < kWarpgroupsOfUnit) __nanosleep(64);
+    while (!ready && words_given(&f.counters->made[unit]) < kWarpgroupsOfUnit) __nanosleep(64);
   };
   if (f.units > 0) await(f.norms.units + tile.row / (Tile::kRows * Tile::kCluster));
   if (f.norms.units > 0) await(tile.column / (Tile::kRows * Tile::kCluster));
   words_before_results();
+  return ready;
 }
 
 // A warpgroup: 64 rows of h, from fp32 sums.
@@ -100,10 +103,12 @@ __device__ __forceinline__ void store_hidden(const HiddenFirst<T, kRanks>& f, co
 }
 
 // Its 64 rows of a unit are made. Whoever calls it is a whole warpgroup.
-__device__ __forceinline__ void give_word_of_unit(unsigned* made, int warpgroup) {
+__device__ __forceinline__ void give_word_of_unit(FirstCounters* counters, int unit, int warpgroup) {
   results_before_word();
   warpgroup_sync(1 + warpgroup);
-  if (threadIdx.x % 128 == 0) give_word(made);
+  if (threadIdx.x % 128 != 0) return;
+  give_word(&counters->made[unit]);
+  give_word(&counters->all_made);
 }
 
 // The thread that fetches: the stages of 128 rows, from `row` on, of an operand beside those of A.
@@ -163,6 +168,7 @@ __device__ __forceinline__ void make_hidden(const HiddenFirst<T, kRanks>& f, int
   products_wait<0>();
   sums_are_ready(sums);
   free_stage(unfinished);
+  wait_for_previous_launch();  // which may still read what lay where h will lie
   const int row = (unit * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows + warpgroup * 64;
   store_hidden(f, sums, p.rows, row);
 }

@@ -1,5 +1,6 @@
-// hopper_forward and hopper_forward_norm: the forward of a linear layer as one product that makes h = x A^T, the norms,
-// or both first (product_first.cuh). Where it does not fit: layer_products.cpp.
+// hopper_forward: the forward of a linear layer as one product that makes h = x A^T first (product_first.cuh).
+// hopper_forward_norm: with the norms, which the product makes first too, or which are launched before it. Where they
+// do not fit: layer_products.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -9,7 +10,7 @@
 #include "../check_product.h"
 #include "../products.h"
 #include "launch.h"
-#include "norm_fingerprint.h"
+#include "norm_launch.h"
 #include "product.cuh"
 #include "product_face.h"
 
@@ -27,13 +28,13 @@ First choose(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool w
       product_matrix_misfit(weight) != nullptr || weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0) {
     return {};
   }
-  return choose_first(x.size(0), weight.size(0), multiprocessors(), want_norms);
+  return choose_first(x.size(0), weight.size(0), rank, multiprocessors(), want_norms);
 }
 bool hopper_forward_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
   return choose(x, weight, lora_A, /*want_norms=*/false).hidden;
 }
 bool hopper_forward_norm_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
-  return weight.is_contiguous() && choose(x, weight, lora_A, /*want_norms=*/true).norms;
+  return weight.is_contiguous() && choose(x, weight, lora_A, /*want_norms=*/true).pairs > 0;
 }
 
 // A layer's forward, its matrices in one dtype; what goes in, and what comes out.
@@ -42,9 +43,10 @@ struct Forward {
   OptionalTensor bias;  // fp32
   double scaling;
   First first;
-  Tensor y, h, gain;             // gain is made, or given
-  Tensor norm, magnitude;        // where the norms are made
-  Tensor *cached, *fingerprint;  // or null
+  Tensor y, h, scaled_h, gain;  // gain is made, or given
+  Tensor norm, magnitude;       // where norms are made
+  NormMarks marks;
+  bool beside = false;  // the launch before this one made nothing but the gain, or a fingerprint
 };
 
 template <typename T, int kRanks>
@@ -54,15 +56,11 @@ void run(const Forward& f) {
   const ProductCounters counters = product_counters(f.x, /*any_first=*/true);
   HiddenFirst<T, kRanks> first{};
   if (!encode_map<T>(&first.lora_A, product_matrix(f.A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
-  Tensor scaled_h = f.h;
   if (f.first.hidden) {
-    if (f.scaling != 1) scaled_h = at::empty_like(f.h);
     first.h = mutable_data<T>(f.h);
-    first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(scaled_h);
+    first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(f.scaled_h);
     first.units = static_cast<int>((rows + 255) / 256);
     first.early = std::min(kGroup, first.units);
-  } else if (f.scaling != 1) {
-    scaled_h = f.h.mul(f.scaling);
   }
   first.counters = reinterpret_cast<FirstCounters*>(counters.first);
   first.scaling = static_cast<float>(f.scaling);
@@ -70,8 +68,8 @@ void run(const Forward& f) {
   if (f.first.norms) {
     first.norms.units = static_cast<int>((columns + 255) / 256);
     first.norms.magnitude = feature_vector(f.magnitude);
-    first.norms.fingerprint = f.fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*f.fingerprint);
-    first.norms.cached = f.cached == nullptr ? nullptr : mutable_data<float>(*f.cached);
+    first.norms.fingerprint = f.marks.fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*f.marks.fingerprint);
+    first.norms.cached = f.marks.cached == nullptr ? nullptr : mutable_data<float>(*f.marks.cached);
     first.norms.norm = mutable_data<float>(f.norm);
     first.norms.gain = mutable_data<float>(f.gain);
   }
@@ -84,9 +82,10 @@ void run(const Forward& f) {
   p.tail = static_cast<int>(rank);
   p.first = static_cast<int>(f.first.pairs);
   p.counters = counters.tiles;
-  const ProductMatrices m{product_matrix(f.x), product_matrix(f.weight), product_matrix(scaled_h), product_matrix(f.B),
-                          product_matrix(f.y)};
-  C10_CUDA_CHECK((launch_product<T, false>(m, p, first, multiprocessors(), current_stream())));
+  const ProductMatrices m{product_matrix(f.x), product_matrix(f.weight), product_matrix(f.scaled_h),
+                          product_matrix(f.B), product_matrix(f.y)};
+  C10_CUDA_CHECK(
+      (launch_product<T, false>(m, p, first, multiprocessors(), current_stream(), f.beside && !counters.fresh)));
 }
 
 // All but gain and norms.
@@ -96,7 +95,7 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   check_dim(op, "x", x, 2);
   Forward f{};
   f.first = choose(x, weight, lora_A, want_norms);
-  TORCH_CHECK_VALUE(want_norms ? f.first.norms && weight.is_contiguous() : f.first.hidden, op,
+  TORCH_CHECK_VALUE(want_norms ? f.first.pairs > 0 && weight.is_contiguous() : f.first.hidden, op,
                     ": x, weight, lora_A: expected what hopper_forward", want_norms ? "_norm" : "",
                     "_fits says yes to");
   const auto dtype = x.scalar_type();
@@ -108,6 +107,7 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   f.scaling = scaling;
   f.y = at::empty({x.size(0), weight.size(0)}, x.options());
   f.h = f.first.hidden ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
+  f.scaled_h = scaling == 1 ? f.h : f.first.hidden ? at::empty_like(f.h) : f.h.mul(scaling);
   return f;
 }
 
@@ -132,16 +132,20 @@ std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight,
 std::tuple<Tensor, Tensor, Tensor, Tensor> with_norms(const char* op, const Tensor& x, const Tensor& weight,
                                                       const Tensor& lora_A, const Tensor& lora_B,
                                                       const Tensor& magnitude, const OptionalTensor& bias,
-                                                      double scaling, Tensor* cached, Tensor* fingerprint,
-                                                      int64_t epoch) {
+                                                      double scaling, const NormMarks& marks) {
   const c10::cuda::CUDAGuard guard(x.device());
   Forward f = prepare(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, true);
-  f.norm = at::empty({weight.size(0)}, x.options().dtype(at::kFloat));
-  f.gain = at::empty_like(f.norm);
   f.magnitude = magnitude.contiguous();
-  f.cached = cached;
-  f.fingerprint = fingerprint;
-  if (fingerprint != nullptr) update_fingerprint(weight, f.A, f.B, scaling, epoch, *fingerprint);
+  f.marks = marks;
+  if (f.first.norms) {
+    f.norm = at::empty({weight.size(0)}, x.options().dtype(at::kFloat));
+    f.gain = at::empty_like(f.norm);
+    if (marks.fingerprint != nullptr) launch_fingerprint_alone(weight, f.A, f.B, scaling, marks);
+    f.beside = marks.fingerprint != nullptr;
+  } else {
+    std::tie(f.norm, f.gain) = launch_norms(weight, f.A, f.B, f.magnitude, scaling, /*transposed=*/false, marks);
+    f.beside = true;
+  }
   run(f);
   return {f.y, f.h, f.norm, f.gain};
 }
@@ -150,8 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm(const Tensor& x, 
                                                                const Tensor& lora_A, const Tensor& lora_B,
                                                                const Tensor& magnitude, const OptionalTensor& bias,
                                                                double scaling) {
-  return with_norms("dora_ext::hopper_forward_norm", x, weight, lora_A, lora_B, magnitude, bias, scaling, nullptr,
-                    nullptr, 0);
+  return with_norms("dora_ext::hopper_forward_norm", x, weight, lora_A, lora_B, magnitude, bias, scaling, {});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm_cached(
@@ -159,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm_cached(
     const OptionalTensor& bias, double scaling, Tensor& cached, Tensor& fingerprint, int64_t epoch) {
   const char* op = "dora_ext::hopper_forward_norm_cached";
   check_cached(op, cached, fingerprint, weight, at::kFloat, weight.size(0));
-  return with_norms(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, &cached, &fingerprint, epoch);
+  return with_norms(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, {&cached, &fingerprint, epoch});
 }
 
 }  // namespace

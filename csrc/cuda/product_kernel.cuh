@@ -29,6 +29,7 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
   RingPlace<Tile::kStages> place;
   TileWalk<Tile> tile(p, shared);
   const bool takes = p.counters != nullptr && cluster_rank() == 0;
+  [[maybe_unused]] bool ready = false;  // all that is made first
   const auto fetch = [&](const CUtensorMap* left, const CUtensorMap* right, int k) {
     const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
     barrier_wait(freed + place.stage * 8, place.parity ^ 1);
@@ -58,7 +59,8 @@ __device__ __forceinline__ void fetch_tiles(const ProductMaps& maps, const Produ
     }
     const int inner_full = p.inner & ~(Tile::kInner - 1), tail_full = p.tail & ~(Tile::kInner - 1);
     for (int k = 0; k < inner_full; k += Tile::kInner) fetch(&maps.left, &maps.right, k);
-    if constexpr (First::kAny) await_stretch(f, tile);
+    wait_for_previous_launch();
+    if constexpr (First::kAny) ready = ready || await_stretch(f, tile);
     for (int k = 0; k < tail_full; k += Tile::kInner) fetch(&maps.left_tail, &maps.right_tail, k);
     if (inner_full < p.inner) fetch(&maps.left, &maps.right, inner_full);
     if (tail_full < p.tail) fetch(&maps.left_tail, &maps.right_tail, tail_full);
@@ -75,13 +77,20 @@ template <bool kGainMade>
 struct ColumnFactors {
   float2 gain[8], bias[8];
 
+  // Asks for one column's to be near when they are read, one thread for each column of a tile.
+  static __device__ __forceinline__ void prefetch(const ProductProblem& p, int column) {
+    if (column >= p.columns) return;
+    if (p.gain != nullptr) prefetch_to_l1(p.gain + column);
+    if (p.bias != nullptr) prefetch_to_l1(p.bias + column);
+  }
+
   __device__ __forceinline__ void load(const ProductProblem& p, int column) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const bool inside = column + 8 * j < p.columns;
       const auto* here = reinterpret_cast<const float2*>(p.gain + column + 8 * j);
       gain[j] = make_float2(1.0f, 1.0f);
-      if (inside && p.gain != nullptr) gain[j] = kGainMade ? __ldcg(here) : __ldg(here);
+      if (inside && p.gain != nullptr) gain[j] = kGainMade ? __ldca(here) : __ldg(here);
       bias[j] = inside && p.bias != nullptr ? __ldg(reinterpret_cast<const float2*>(p.bias + column + 8 * j))
                                             : make_float2(0.0f, 0.0f);
     }
@@ -146,6 +155,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
         continue;
       }
     }
+    ColumnFactors<First::kGainMade>::prefetch(p, tile.column + static_cast<int>(threadIdx.x) % 256);
     int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
     const auto multiply = [&](int step) {
       const uint64_t at = static_cast<uint64_t>(place.stage * (Tile::kStageBytes >> 4));
@@ -172,13 +182,14 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
         multiply(step);
         products_commit();
       }
-      products_wait<0>();
+      products_wait<1>();
       free_stage(unfinished);
       unfinished = place.stage;
       place.advance();
     }
     const int row = tile.row + warpgroup * 64;
     ColumnFactors<First::kGainMade> factors;
+    wait_for_previous_launch();
     factors.load(p, tile.column + lane % 4 * 2);
     products_wait<0>();
     sums_are_ready(sums);

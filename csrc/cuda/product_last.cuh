@@ -24,7 +24,9 @@ struct GradientLast {
 
 // dA has no reader in this kernel.
 template <typename Tile, typename T, int kRanks>
-__device__ __forceinline__ void await_stretch(const GradientLast<T, kRanks>&, const TileWalk<Tile>&) {}
+__device__ __forceinline__ bool await_stretch(const GradientLast<T, kRanks>&, const TileWalk<Tile>&) {
+  return true;
+}
 template <typename T, int kRanks>
 __device__ __forceinline__ void leave_stretches(const GradientLast<T, kRanks>&, unsigned) {}
 
@@ -42,6 +44,7 @@ __device__ __forceinline__ void fetch_stretch(const GradientLast<T, kRanks>& f, 
   static_assert(Tile::kRows == f.kTokens && Tile::kStageBytes >= Tile::kLeftBytes * (1 + f.kBoxes),
                 "P's boxes, and x's");
   const int column = first_column(f, tile);
+  wait_for_previous_launch();
   for (int token = 0; token < p.rows; token += f.kTokens) {
     const uint32_t stage = shared + place.stage * Tile::kStageBytes, barrier = loaded + place.stage * 8;
     barrier_wait(freed + place.stage * 8, place.parity ^ 1);

@@ -93,6 +93,7 @@ template <typename Tile, typename T, int kRanks>
 __device__ __forceinline__ void make_norms(const HiddenFirst<T, kRanks>& f, int row, const ProductProblem& p,
                                            RingPlace<Tile::kStages>& place, uint32_t shared, uint32_t loaded,
                                            uint32_t freed) {
+  wait_for_previous_launch();
   const bool stale = is_stale(f.norms.fingerprint);
   float total[2] = {};
   if (stale) sum_squares<Tile>(f, p, place, shared, loaded, freed, total);
@@ -123,6 +124,7 @@ __device__ __forceinline__ void fetch_stretch(const HiddenFirst<T, kRanks>& f, c
     if (!unit.of_norms) {
       fetch_beside_A<Tile>(f, &maps.left, row, p.inner, place, shared, loaded, freed);
     } else if constexpr (kMakesNorms<Tile>) {
+      wait_for_previous_launch();
       if (is_stale(f.norms.fingerprint)) fetch_norms<Tile>(f, row, maps, p, place, shared, loaded, freed);
     }
   }
@@ -142,7 +144,7 @@ __device__ __forceinline__ void make_stretch(const HiddenFirst<T, kRanks>& f, co
       const int row = (unit.at * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
       make_norms<Tile>(f, row, p, place, shared, loaded, freed);
     }
-    give_word_of_unit(&f.counters->made[unit.of_norms ? unit.at : f.norms.units + unit.at], warpgroup);
+    give_word_of_unit(f.counters, unit.of_norms ? unit.at : f.norms.units + unit.at, warpgroup);
   }
 }
 
