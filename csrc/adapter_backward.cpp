@@ -12,20 +12,27 @@ namespace {
 
 AdapterGradients adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                   const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                  int64_t mask) {
+                                  int64_t mask, std::optional<at::ScalarType> magnitude_dtype) {
   check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
-  return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+  return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
 }
 
 }  // namespace
 
 AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                      const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                     int64_t mask) {
+                                     int64_t mask, std::optional<at::ScalarType> magnitude_dtype) {
   static auto op =
       find_op<AdapterGradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                               const Tensor&, const OptionalTensor&, double, int64_t)>("dora_ext::adapter_backward");
-  return op.call(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+                               const Tensor&, const OptionalTensor&, double, int64_t, std::optional<at::ScalarType>)>(
+          "dora_ext::adapter_backward");
+  return op.call(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
+}
+
+bool adapter_backward_in_one_pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B) {
+  static auto op = find_op<bool(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&)>(
+      "dora_ext::adapter_backward_in_one_pass");
+  return grad.is_cuda() && op.call(grad, y, h, lora_B);
 }
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
@@ -39,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const
 
 AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
                                            const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                                           const OptionalTensor& bias, double scaling, int64_t mask) {
+                                           const OptionalTensor& bias, double scaling, int64_t mask,
+                                           std::optional<at::ScalarType> magnitude_dtype) {
   InsideOp guard;
   // One for each: results must not share memory.
   const auto none = [&] { return at::empty({0}, grad.options()); };
@@ -47,7 +55,8 @@ AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTen
                                                        y.has_value(), mask & (kWantG | kWantP | kWantB));
   return {mask & kWantG ? G : none(),
           mask & kWantP ? product_with_narrow(G, in_dtype(lora_B, grad.scalar_type()), scaling) : none(),
-          mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(), mask & kWantMagnitude ? grad_m : none(),
+          mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(),
+          mask & kWantMagnitude ? in_dtype(grad_m, magnitude_dtype.value_or(grad_m.scalar_type())) : none(),
           mask & kWantBias ? grad_b : none()};
 }
 

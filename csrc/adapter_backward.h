@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 #include "check.h"
@@ -24,7 +25,10 @@ using AdapterGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // adapter_backward, through the dispatcher.
 AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                      const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                     int64_t mask);
+                                     int64_t mask, std::optional<at::ScalarType> magnitude_dtype = std::nullopt);
+
+// Whether its last launch makes nothing but what is added up: P and gradients, not G.
+bool adapter_backward_in_one_pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B);
 
 // compose_backward with the features last, through the dispatcher: G, grad_magnitude, grad_bias.
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
@@ -34,6 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const
 // Of library products and compose_backward, on every backend.
 AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
                                            const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                                           const OptionalTensor& bias, double scaling, int64_t mask);
+                                           const OptionalTensor& bias, double scaling, int64_t mask,
+                                           std::optional<at::ScalarType> magnitude_dtype);
 
 }  // namespace dora_ext

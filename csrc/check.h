@@ -181,8 +181,6 @@ inline void check_recover_operands(const char* op, const Tensor& grad_magnitude,
   TORCH_CHECK_TYPE(h.scalar_type() == x.scalar_type(), op, ": h: expected the dtype of x, ", x.scalar_type(), ", got ",
                    h.scalar_type());
   check_feature(op, "grad_magnitude", grad_magnitude, out, weight);
-  TORCH_CHECK_TYPE(grad_magnitude.scalar_type() == accumulate_type(x.scalar_type()), op, ": grad_magnitude: expected ",
-                   accumulate_type(x.scalar_type()), ", got ", grad_magnitude.scalar_type());
   check_device(op, "grad_y", grad_y, "weight", weight);
   check_device(op, "x", x, "weight", weight);
   check_device(op, "h", h, "weight", weight);

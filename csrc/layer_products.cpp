@@ -166,12 +166,11 @@ Tensor backward_product(Tensor G, const Tensor& weight, bool transposed, const T
 }  // namespace
 
 std::tuple<Tensor, Tensor> backward_products(Tensor G, const Tensor& weight, bool transposed, const Tensor& P,
-                                             const Tensor& lora_A, const Tensor& x, bool want_A) {
+                                             const Tensor& lora_A, const Tensor& x, bool want_A, bool beside) {
   if (want_A && hopper_makes_grad_A(G, weight, transposed, P, x)) {
-    static auto op =
-        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-            "dora_ext::hopper_backward");
-    return op.call(G, weight, P, lora_A, x);
+    static auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                        const Tensor&, bool)>("dora_ext::hopper_backward");
+    return op.call(G, weight, P, lora_A, x, beside);
   }
   const Tensor grad_x = backward_product(std::move(G), weight, transposed, P, in_dtype(lora_A, x.scalar_type()));
   return {grad_x, want_A ? grad_of_A(lora_A, P, x) : Tensor()};

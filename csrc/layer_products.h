@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_products_with_norms(const Ten
                                                                        const KeptNorms* kept);
 
 // dX = G W + P A. Nobody needs G afterwards: it is given up as soon as it can be. And dA = P^T x in lora_A's dtype, if
-// `want_A`; else undefined.
+// `want_A`; else undefined. beside: the launch before made none of G, W and x.
 std::tuple<Tensor, Tensor> backward_products(Tensor G, const Tensor& weight, bool transposed, const Tensor& P,
-                                             const Tensor& lora_A, const Tensor& x, bool want_A);
+                                             const Tensor& lora_A, const Tensor& x, bool want_A, bool beside);
 
 // dX = [dY | P] [g W ; A] in place of [G | P] [W ; A], on CUDA, where g W takes less memory to make than G. W (out,
 // in).

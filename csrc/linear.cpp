@@ -45,10 +45,10 @@ std::tuple<Tensor, Tensor> decode_op(const Tensor& x, const Tensor& weight, cons
 
 void magnitude_grad_recover_op_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
                                 const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                                double scaling, bool transposed) {
+                                double scaling, bool transposed, bool beside) {
   static auto op = find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, const Tensor&, double, bool)>("dora_ext::magnitude_grad_recover_");
-  op.call(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed);
+                                const Tensor&, const Tensor&, double, bool, bool)>("dora_ext::magnitude_grad_recover_");
+  op.call(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed, beside);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, const Tensor& weight,
@@ -115,19 +115,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   const Tensor grad = as_tokens(in_dtype(grad_y, dtype));
   const Tensor n = in_dtype(norm, accumulate_type(dtype));        // NF4's are fp32, also where x is fp64
   const auto none = [&] { return at::empty({0}, x.options()); };  // one for each: results must not share memory
-  Tensor G, P, grad_x, grad_A, grad_B, grad_m, grad_b;
+  Tensor G, P, W, grad_x, grad_A, grad_B, grad_m, grad_b;
   // At a large rank dB is what would raise the peak, beside G: it waits until G is gone.
   const bool late_B = want_B && (y || !want_m) && x.is_cuda() && is_half(dtype) && !one_pass_rank(lora_A.size(0));
   const bool scaled = want_x && !transposed && (y || !want_m) && scaled_weight_pays(tokens, weight, lora_A.size(0));
 
+  bool one_pass = false;
   if (y || !want_m) {
+    // First, so that the large product may begin beside the launches that add up what the pass has summed.
+    if (want_x) W = scaled ? scaled_weight(weight, gain) : weight;
     const int64_t wanted = (want_x && !scaled ? kWantG : 0) | (want_x || want_A ? kWantP : 0) |
                            (want_B && !late_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) | (want_b ? kWantBias : 0);
     const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
+    one_pass = adapter_backward_in_one_pass(grad, saved, h, lora_B);
     std::tie(G, P, grad_B, grad_m, grad_b) =
-        adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted);
-    if (want_m) magnitude_grad_recover_op_(grad_m, grad, tokens, h, weight, lora_B, n, gain, scaling, transposed);
+        adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted,
+                            one_pass ? std::optional<at::ScalarType>(magnitude.scalar_type()) : std::nullopt);
+    if (want_m) {
+      magnitude_grad_recover_op_(grad_m, grad, tokens, h, weight, lora_B, n, gain, scaling, transposed, one_pass);
+    }
   } else {
+    W = weight;
     // u once more; E = dY^T h is the adapter's part of it.
     const Tensor base = product(tokens, transposed ? weight : weight.t());
     std::tie(G, grad_m, grad_b) =
@@ -139,8 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   }
   if (want_x) {
     std::tie(grad_x, grad_A) =
-        backward_products(scaled ? grad : std::move(G), scaled ? scaled_weight(weight, gain) : weight, transposed, P,
-                          lora_A, tokens, want_A);
+        backward_products(scaled ? grad : std::move(G), W, transposed, P, lora_A, tokens, want_A, one_pass);
     grad_x = in_shape(grad_x, x.sizes());
   } else if (want_A) {
     grad_A = grad_of_A(lora_A, P, tokens);

@@ -90,7 +90,7 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   static auto recover =
       find_op<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
                    c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&, const OptionalTensor&,
-                   const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&, double)>(
+                   const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&, double, bool)>(
           "dora_ext::magnitude_grad_recover_nf4_");
   const bool want_x = mask & 1, want_A = mask & 2, want_B = mask & 4, want_m = mask & 8, want_b = mask & 16;
   const auto to = x.scalar_type();
@@ -102,18 +102,27 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   const Tensor tokens = as_tokens(x), grad = as_tokens(in_dtype(grad_y, to));
   const int64_t wanted = (want_x || want_A ? kWantP : 0) | (want_B ? kWantB : 0) | (want_m ? kWantMagnitude : 0) |
                          (want_b ? kWantBias : 0);
-  auto [G, P, grad_B, grad_m, grad_b] = adapter_backward_op(grad, want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt,
-                                                            h, lora_B, norm, gain, bias, scaling, wanted);
+  const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
+  const bool one_pass = adapter_backward_in_one_pass(grad, saved, h, lora_B);
+  Tensor W;
+  const auto unpack_W = [&] {
+    W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize, to,
+               in_dtype(gain, at::kFloat));
+  };
+  // First, so that the product may begin beside the launches that add up what the pass over dY has summed.
+  if (want_x && one_pass) unpack_W();
+  auto [G, P, grad_B, grad_m, grad_b] =
+      adapter_backward_op(grad, saved, h, lora_B, norm, gain, bias, scaling, wanted,
+                          one_pass ? std::optional<at::ScalarType>(magnitude.scalar_type()) : std::nullopt);
   if (want_m) {
     recover.call(grad_m, grad, tokens, h, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
-                 nested_blocksize, lora_B, norm, gain, scaling);
+                 nested_blocksize, lora_B, norm, gain, scaling, one_pass);
   }
   const auto none = [&] { return at::empty({0}, x.options()); };
   Tensor grad_x = none(), grad_A = none();
   if (want_x) {
-    const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
-                            nested_blocksize, to, in_dtype(gain, at::kFloat));
-    const auto [dX, dA] = backward_products(grad, W, false, P, lora_A, tokens, want_A);
+    if (!one_pass) unpack_W();
+    const auto [dX, dA] = backward_products(grad, W, false, P, lora_A, tokens, want_A, one_pass);
     grad_x = in_shape(dX, x.sizes());
     if (want_A) grad_A = dA;
   } else if (want_A) {

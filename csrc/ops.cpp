@@ -42,10 +42,14 @@ TORCH_LIBRARY(dora_ext, m) {
   // What linear_backward sees of the gradient grad (tokens, out): G = g * grad, P = s G B (tokens, r), and the
   // gradients of B, m and the bias. mask: bit 0 G, 1 P, 2 lora_B, 3 magnitude, 4 bias. y (tokens, out) and h (tokens,
   // r) in grad's dtype; y may be None where m's gradient isn't asked for. grad_B has lora_B's dtype, grad_magnitude and
-  // grad_bias norm's; of features with |g| < 1/16 it leaves the magnitude to magnitude_grad_recover_.
+  // grad_bias norm's, or grad_magnitude magnitude_dtype; of features with |g| < 1/16 it leaves the magnitude to
+  // magnitude_grad_recover_.
   m.def(
       "adapter_backward(Tensor grad, Tensor? y, Tensor h, Tensor lora_B, Tensor norm, Tensor gain, Tensor? bias,"
-      " float scaling, int mask) -> (Tensor G, Tensor P, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
+      " float scaling, int mask, ScalarType? magnitude_dtype=None)"
+      " -> (Tensor G, Tensor P, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)");
+  // Is that one pass over grad and y, with a launch behind it that adds up all but G? CUDA only.
+  m.def("adapter_backward_in_one_pass(Tensor grad, Tensor? y, Tensor h, Tensor lora_B) -> bool");
 
   // The same for 1 to 8 tokens in fp16 or bf16, with g known, in one pass over W; CUDA only, and only what decode_fits
   // and decode_nf4_fits (check_decode.h) accept. x (tokens, in), y (tokens, out), h (tokens, r) rounded to x's dtype.
@@ -82,16 +86,17 @@ TORCH_LIBRARY(dora_ext, m) {
       " bool delta=False, bool channels_first=False, bool want_G=True)"
       " -> (Tensor G, Tensor grad_magnitude, Tensor grad_bias)");
   // Fills grad_magnitude (out,) where n > 0 and |g| < 1/16 from the products themselves. grad_y (tokens, out), x
-  // (tokens, in).
+  // (tokens, in). beside: the launch before this one made neither norm nor gain, so that this one need not wait for it.
   m.def(
       "magnitude_grad_recover_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor weight,"
-      " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False) -> ()");
+      " Tensor lora_B, Tensor norm, Tensor gain, float scaling, bool transposed=False, bool beside=False) -> ()");
   // The same over a W (out, in) packed in NF4, in x's dtype, of which only the rows in question are unpacked. CUDA
   // only.
   m.def(
       "magnitude_grad_recover_nf4_(Tensor(a!) grad_magnitude, Tensor grad_y, Tensor x, Tensor h, Tensor packed,"
       " Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype, Tensor? nested_absmax, Tensor? nested_code,"
-      " Tensor? offset, int nested_blocksize, Tensor lora_B, Tensor norm, Tensor gain, float scaling) -> ()");
+      " Tensor? offset, int nested_blocksize, Tensor lora_B, Tensor norm, Tensor gain, float scaling,"
+      " bool beside=False) -> ()");
 
   // weight (out, in), each row times its gain (out,), rounded once. bfloat16 or float16, contiguous, rows of a multiple
   // of 16 bytes that start on 16 bytes. CUDA only.
@@ -130,8 +135,11 @@ TORCH_LIBRARY(dora_ext, m) {
       " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
   m.def("hopper_forward_norm_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
   // (dX, dA) = ([grad | P] [W ; A], P^T x), of grad (tokens, out) and P (tokens, r), where the same kernel makes dA
-  // last; dA in the dtype of lora_A.
-  m.def("hopper_backward(Tensor grad, Tensor weight, Tensor P, Tensor lora_A, Tensor x) -> (Tensor, Tensor)");
+  // last; dA in the dtype of lora_A. beside: the launch before this one made none of grad, weight and x, so that this
+  // one waits for it no sooner than it needs P.
+  m.def(
+      "hopper_backward(Tensor grad, Tensor weight, Tensor P, Tensor lora_A, Tensor x, bool beside=False)"
+      " -> (Tensor, Tensor)");
   m.def("hopper_backward_fits(Tensor grad, Tensor weight, Tensor P, Tensor x) -> bool");
 
   // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):

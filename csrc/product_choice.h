@@ -57,23 +57,29 @@ inline First choose_first(int64_t rows, int64_t columns, int64_t rank, int64_t m
   return first;
 }
 
-// Should a product of rows x columns x inner make dA = P^T x last (product_last.cuh), in stretches of 256 columns a
-// pair of blocks? It should where what they stand out beyond the last round takes less time than a pass over x behind
-// the product. All pairs together read 2.5 MB of x a us; one is kept back by what it has to multiply.
+// In how many stretches, of 256 columns each, a product of rows x columns x inner makes dA = P^T x last
+// (product_last.cuh); 0: behind it, as a pass over x, is faster. A pair of blocks reads 0.12 MB of x a us beside tiles
+// and 0.2 after them, less where it has more to multiply. `spread`: where numbers are dealt out, over all pairs, those
+// that the last round leaves idle first; else over these alone.
 constexpr int64_t kColumnsOfStretch = 256;
-inline int64_t choose_last_stretches(int64_t rows, int64_t columns, int64_t inner, int64_t rank,
-                                     int64_t multiprocessors) {
-  if (choose_product(rows, columns, multiprocessors).width != 256) return 0;
+struct Last {
+  int64_t count = 0;
+  bool spread = false;
+};
+inline Last choose_last(int64_t rows, int64_t columns, int64_t inner, int64_t rank, int64_t multiprocessors) {
+  if (choose_product(rows, columns, multiprocessors).width != 256) return {};
   const int64_t pairs = multiprocessors / 2, tiles = (rows + 255) / 256 * ((columns + 255) / 256);
   const int64_t idle = product_rounds(rows, columns, 256, multiprocessors) * pairs - tiles;
   const int64_t count = (columns + kColumnsOfStretch - 1) / kColumnsOfStretch;
-  if (idle == 0) return 0;
-  const double rate = rank <= 16 ? 0.2 : rank <= 32 ? 0.14 : 0.08;
+  if (idle == 0) return {};
+  const double beside = rank <= 16 ? 0.115 : rank <= 32 ? 0.098 : 0.056, after = 1.7 * beside;
   const double megabytes = 2e-6 * static_cast<double>(rows) * static_cast<double>(columns);
-  const double turns = static_cast<double>((count + idle - 1) / idle);
-  const double all = std::max(turns * 2e-6 * static_cast<double>(rows * kColumnsOfStretch) / rate, megabytes / 2.5);
-  const double round = 50.0 / 4096 * static_cast<double>(inner), behind = 3 + megabytes / 2.5;
-  return all - round < behind ? count : 0;
+  const double stretch = megabytes / static_cast<double>(count), round = 50.0 / 4096 * static_cast<double>(inner);
+  const double stands_out = static_cast<double>((count + idle - 1) / idle) * stretch / beside - round;
+  const double spread_out = count <= pairs ? stretch / after : 2 * stretch / after;
+  const double behind = 5 + megabytes / 2.5;
+  if (std::min(stands_out, spread_out) >= behind) return {};
+  return {count, spread_out < stands_out};
 }
 
 // Is hopper_product with a tail expected to be done before a library product and the pass over its result that it

@@ -173,7 +173,7 @@ std::vector<int64_t> small_gains(const Tensor& norm, const Tensor& gain) {
 
 void magnitude_grad_recover_(Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x, const Tensor& h,
                              const Tensor& weight, const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                             double scaling, bool transposed) {
+                             double scaling, bool transposed, bool /*beside*/) {
   constexpr int64_t kPiece = 64;  // dY^T x is as large as the weight when every gain is small: not all at once
   auto columns = small_gains(norm, gain);
   if (columns.empty()) return;

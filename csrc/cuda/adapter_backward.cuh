@@ -31,13 +31,14 @@ __device__ __forceinline__ void finish_partials(const float* partials, int64_t c
 }
 
 // P (tokens, rank) = s * sum of partial_P; grad_B (out, rank) = s g * sum of partial_E, both of this pass's ranks;
-// grad_magnitude and grad_bias.
+// grad_magnitude and grad_bias. What is launched beside it finds G there, which the launch before made.
 template <typename T, typename TB, int KT>
 __global__ void __launch_bounds__(256, 4)
     adapter_backward_finish_kernel(AdapterBackwardProblem<T> p, AdapterBackwardPlan plan, float scaling, T* P,
                                    TB* grad_B, ComposeBackwardFinish<float> features, int64_t blocks_P,
                                    int64_t blocks_B) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank;
+  allow_next_launch();
   const int64_t block = blockIdx.x;
   if (block < blocks_P) {
     finish_partials(
@@ -94,7 +95,7 @@ void launch_adapter_backward(const AdapterBackwardProblem<T>& p, const AdapterBa
 // features: also grad_magnitude and grad_bias.
 template <typename T, int KT, typename TB>
 void launch_adapter_backward_finish(const AdapterBackwardProblem<T>& p, const AdapterBackwardPlan& plan, float scaling,
-                                    const float* norm, T* P, TB* grad_B, bool features, float* grad_magnitude,
+                                    const float* norm, T* P, TB* grad_B, bool features, FeatureResult grad_magnitude,
                                     float* grad_bias, cudaStream_t stream) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank, kThreads = 256;
   const ComposeBackwardFinish<float> finish{p.sums,       plan.splits,    p.out,

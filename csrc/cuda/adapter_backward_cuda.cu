@@ -17,6 +17,7 @@ namespace {
 
 bool one_pass_fits(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B) {
   const auto dtype = grad.scalar_type(), wide = lora_B.scalar_type();
+  const c10::cuda::CUDAGuard guard(grad.device());
   const int64_t rank = lora_B.size(1);
   const auto fits = [](const Tensor& t) { return t.is_contiguous() && lies_on(t, 16); };
   return is_half(dtype) && (wide == dtype || wide == at::kFloat) && grad.numel() > 0 && grad.size(1) % 8 == 0 &&
@@ -64,7 +65,7 @@ void pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Te
   const auto finish = [&](auto* grad_B) {
     launch_adapter_backward_finish<T, KT>(p, plan, static_cast<float>(scaling), data<float>(norm),
                                           mutable_data<T>(to.P) + first, grad_B + first, first == 0,
-                                          mutable_data<float>(to.magnitude), mutable_data<float>(to.bias), stream);
+                                          feature_result(to.magnitude), mutable_data<float>(to.bias), stream);
   };
   if (lora_B.scalar_type() == at::kFloat) {
     finish(mutable_data<float>(to.B));
@@ -76,13 +77,15 @@ void pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Te
 
 template <typename T>
 AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
-                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t mask) {
+                     const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling, int64_t mask,
+                     std::optional<at::ScalarType> magnitude_dtype) {
   const int64_t tokens = grad.size(0), out = grad.size(1), rank = lora_B.size(1);
   const Tensor n = in_dtype(norm, at::kFloat).contiguous(), g = in_dtype(gain, at::kFloat).contiguous();
   const Tensor B = lora_B.contiguous();
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
   const Gradients to{mask & kWantG ? at::empty_like(grad) : Tensor(), at::empty({tokens, rank}, grad.options()),
-                     at::empty({out, rank}, lora_B.options()), at::empty({out}, n.options()),
+                     at::empty({out, rank}, lora_B.options()),
+                     at::empty({out}, n.options().dtype(magnitude_dtype.value_or(at::kFloat))),
                      at::empty({out}, n.options())};
   const bool all_ranks = mask & (kWantP | kWantB);
   for (int64_t first = 0; first < (all_ranks ? rank : 1); first += kRanksOfPass) {
@@ -95,20 +98,22 @@ AdapterGradients run(const Tensor& grad, const OptionalTensor& y, const Tensor& 
 
 AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
                                        const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
-                                       const OptionalTensor& bias, double scaling, int64_t mask) {
+                                       const OptionalTensor& bias, double scaling, int64_t mask,
+                                       std::optional<at::ScalarType> magnitude_dtype) {
   check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
   const c10::cuda::CUDAGuard guard(grad.device());
   if (!one_pass_fits(grad, y, h, lora_B)) {
-    return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+    return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
   }
   const auto run_it = grad.scalar_type() == at::kHalf ? run<__half> : run<__nv_bfloat16>;
-  return run_it(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+  return run_it(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dora_ext, CUDA, m) {
   m.impl("adapter_backward", &adapter_backward_cuda);
+  m.impl("adapter_backward_in_one_pass", &one_pass_fits);
 }
 
 }  // namespace dora_ext

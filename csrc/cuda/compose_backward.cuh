@@ -169,7 +169,8 @@ struct ComposeBackwardFinish {
   const Acc *norm, *gain;
   bool saved_is_output;
   Acc factor;
-  Acc *grad_magnitude, *grad_bias;
+  FeatureResult grad_magnitude;
+  Acc* grad_bias;
 
   static constexpr int kFeatures = 32;  // of a block of 256 threads, 8 shares of the splits
 
@@ -195,7 +196,7 @@ struct ComposeBackwardFinish {
     }
     const Acc n = norm[feature], g = saved_is_output ? gain[feature] : Acc(1);
     const bool lost = !(n > 0) || (saved_is_output && !(abs(g) >= Acc(kSmallGain)));
-    grad_magnitude[feature] = lost ? Acc(0) : factor * sum / (g * n);
+    grad_magnitude.store(feature, lost ? Acc(0) : factor * sum / (g * n));
     if (grad_bias != nullptr) grad_bias[feature] = total;
   }
 };
@@ -270,8 +271,9 @@ void launch_compose_backward_finish(const Acc* partials, int64_t splits, int64_t
                                     bool saved_is_output, Acc factor, Acc* grad_magnitude, Acc* grad_bias,
                                     cudaStream_t stream) {
   if (out == 0) return;
-  const ComposeBackwardFinish<Acc> finish{partials, splits,         out,      norm, gain, saved_is_output,
-                                          factor,   grad_magnitude, grad_bias};
+  constexpr Dtype kDtype = std::is_same_v<Acc, double> ? Dtype::kDouble : Dtype::kFloat;
+  const ComposeBackwardFinish<Acc> finish{
+      partials, splits, out, norm, gain, saved_is_output, factor, {grad_magnitude, kDtype}, grad_bias};
   const auto blocks = ceil_div<int64_t>(out, ComposeBackwardFinish<Acc>::kFeatures);
   compose_backward_finish_kernel<Acc><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(finish);
 }

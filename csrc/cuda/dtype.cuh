@@ -63,4 +63,27 @@ struct FeatureVector {
   }
 };
 
+// The same to be written, rounded once.
+struct FeatureResult {
+  void* data;
+  Dtype dtype;
+
+  template <typename Acc>
+  __device__ __forceinline__ void store(int64_t i, Acc v) const {
+    switch (dtype) {
+      case Dtype::kBFloat16:
+        static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(v);
+        break;
+      case Dtype::kHalf:
+        static_cast<__half*>(data)[i] = narrow<__half>(v);
+        break;
+      case Dtype::kFloat:
+        static_cast<float*>(data)[i] = static_cast<float>(v);
+        break;
+      default:
+        static_cast<double*>(data)[i] = static_cast<double>(v);
+    }
+  }
+};
+
 }  // namespace dora_ext

@@ -53,13 +53,20 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+inline Dtype dtype_of(const at::Tensor& t) {
+  const auto d = t.scalar_type();
+  return d == at::kBFloat16 ? Dtype::kBFloat16
+         : d == at::kHalf   ? Dtype::kHalf
+         : d == at::kFloat  ? Dtype::kFloat
+                            : Dtype::kDouble;
+}
+
 // `t` must be contiguous and outlive the launch.
 inline FeatureVector feature_vector(const at::Tensor& t) {
-  const auto d = t.scalar_type();
-  return {t.const_data_ptr(), d == at::kBFloat16 ? Dtype::kBFloat16
-                              : d == at::kHalf   ? Dtype::kHalf
-                              : d == at::kFloat  ? Dtype::kFloat
-                                                 : Dtype::kDouble};
+  return {t.const_data_ptr(), dtype_of(t)};
+}
+inline FeatureResult feature_result(const at::Tensor& t) {
+  return {t.mutable_data_ptr(), dtype_of(t)};
 }
 
 inline cudaStream_t current_stream() {

@@ -28,7 +28,7 @@ inline bool has_product_kernel() {
 // that was launched; what may be its doing are tails, gain, bias, and a fingerprint.
 template <typename T, typename Tile, bool RightTransposed, typename First>
 cudaError_t launch_product_tiles(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
-                                 cudaStream_t stream, bool beside = false) {
+                                 cudaStream_t stream, bool beside) {
   constexpr int kRightHeight = RightTransposed ? 64 : Tile::kPartOfRight;
   ProductMaps maps{};
   if (!encode_map<T>(&maps.left, m.left, Tile::kRows) || !encode_map<T>(&maps.right, m.right, kRightHeight) ||
@@ -63,7 +63,7 @@ constexpr int kGroup = 4;
 
 template <typename T, bool RightTransposed, typename First>
 cudaError_t launch_product(const ProductMatrices& m, ProductProblem p, const First& first, int multiprocessors,
-                           cudaStream_t stream, bool beside = false) {
+                           cudaStream_t stream, bool beside) {
   p.group = kGroup;
   return choose_product(p.rows, p.columns, multiprocessors).width == 256
              ? launch_product_tiles<T, HopperTile<256>, RightTransposed>(m, p, first, multiprocessors, stream, beside)

@@ -22,11 +22,11 @@ bool hopper_backward_fits(const Tensor& grad, const Tensor& weight, const Tensor
   for (const Tensor& t : {grad, weight, P, x}) {
     if (product_matrix_misfit(t) != nullptr) return false;
   }
-  return choose_last_stretches(x.size(0), x.size(1), grad.size(1), rank, multiprocessors()) > 0;
+  return choose_last(x.size(0), x.size(1), grad.size(1), rank, multiprocessors()).count > 0;
 }
 
 template <typename T, int kRanks>
-void run(const ProductMatrices& m, const ProductProblem& p, const HalfMatrix& x, const Tensor& grad_A) {
+void run(const ProductMatrices& m, const ProductProblem& p, const HalfMatrix& x, const Tensor& grad_A, bool beside) {
   GradientLast<T, kRanks> last{};
   if (!encode_map<T>(&last.x, x, last.kTokens)) C10_CUDA_CHECK(cudaErrorInvalidValue);
   if (grad_A.scalar_type() == at::kFloat) {
@@ -34,11 +34,12 @@ void run(const ProductMatrices& m, const ProductProblem& p, const HalfMatrix& x,
   } else {
     last.narrow = mutable_data<T>(grad_A);
   }
-  C10_CUDA_CHECK((launch_product_tiles<T, HopperTile<256>, true>(m, p, last, multiprocessors(), current_stream())));
+  C10_CUDA_CHECK(
+      (launch_product_tiles<T, HopperTile<256>, true>(m, p, last, multiprocessors(), current_stream(), beside)));
 }
 
 std::tuple<Tensor, Tensor> hopper_backward(const Tensor& grad, const Tensor& weight, const Tensor& P,
-                                           const Tensor& lora_A, const Tensor& x) {
+                                           const Tensor& lora_A, const Tensor& x, bool beside) {
   const char* op = "dora_ext::hopper_backward";
   const auto dtype = grad.scalar_type();
   check_float(op, "lora_A", lora_A);
@@ -62,7 +63,9 @@ std::tuple<Tensor, Tensor> hopper_backward(const Tensor& grad, const Tensor& wei
   p.inner = static_cast<int>(grad.size(1));
   p.tail = static_cast<int>(rank);
   p.group = kGroup;
-  p.last = static_cast<int>(choose_last_stretches(rows, columns, p.inner, rank, multiprocessors()));
+  const Last last = choose_last(rows, columns, p.inner, rank, multiprocessors());
+  p.last = static_cast<int>(last.count);
+  p.spread = last.spread;
   p.counters = counters.tiles;
   const ProductMatrices m{product_matrix(grad), product_matrix(weight), product_matrix(P), product_matrix(A),
                           product_matrix(grad_x)};
@@ -71,7 +74,9 @@ std::tuple<Tensor, Tensor> hopper_backward(const Tensor& grad, const Tensor& wei
     return rank <= 16 ? run<T, 16> : rank <= 32 ? run<T, 32> : run<T, 64>;
   };
   const auto matrix = product_matrix(x);
-  dtype == at::kHalf ? run_it(__half{})(m, p, matrix, grad_A) : run_it(__nv_bfloat16{})(m, p, matrix, grad_A);
+  beside = beside && !counters.fresh;
+  dtype == at::kHalf ? run_it(__half{})(m, p, matrix, grad_A, beside)
+                     : run_it(__nv_bfloat16{})(m, p, matrix, grad_A, beside);
   return {grad_x, in_dtype(grad_A, lora_A.scalar_type())};
 }
 

@@ -68,7 +68,7 @@ Tensor hopper_product(const Tensor& left, const Tensor& right, const OptionalTen
                                               : launch_product<__half, false, NothingFirst>)
                           : (right_transposed ? launch_product<__nv_bfloat16, true, NothingFirst>
                                               : launch_product<__nv_bfloat16, false, NothingFirst>);
-  C10_CUDA_CHECK(launch(m, p, NothingFirst{}, multiprocessors(), current_stream()));
+  C10_CUDA_CHECK(launch(m, p, NothingFirst{}, multiprocessors(), current_stream(), /*beside=*/false));
   return result;
 }
 

@@ -18,9 +18,10 @@ struct ProductProblem {
   int group;                       // of rows of tiles that are walked down before the next column of tiles
   int first;                       // numbers before those of the tiles: clusters that make something first
   int last;                        // numbers after them: of what is made last (product_last.cuh)
+  bool spread;                     // see counters
   // Two zeros that are left as zeros: how many tiles were taken, and how many clusters have found none. No two products
   // at once may share them. Null: of n clusters, each takes every n-th tile, and those that the last round leaves idle
-  // share what is made last.
+  // share what is made last, or, if `spread`, take it first.
   unsigned* counters;
 };
 
@@ -92,7 +93,8 @@ struct TileWalk {
     const int tile = number - p.first, all = rows_of_tiles * columns_of_tiles;
     if (tile >= all) {
       stretch = tile - all;
-      return stretch < p.last && (numbers != 0 || static_cast<int>(blockIdx.x) / Tile::kCluster >= in_last_round());
+      return stretch < p.last &&
+             (numbers != 0 || p.spread || static_cast<int>(blockIdx.x) / Tile::kCluster >= in_last_round());
     }
     const int in_group = p.group * columns_of_tiles, first_row = tile / in_group * p.group, within = tile % in_group;
     const int rows_here = min(p.group, rows_of_tiles - first_row);
@@ -108,7 +110,8 @@ struct TileWalk {
   }
   __device__ __forceinline__ int step() const {
     const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
-    return number < p.first + rows_of_tiles * columns_of_tiles ? clusters : clusters - in_last_round();
+    const bool all = p.spread || number < p.first + rows_of_tiles * columns_of_tiles;
+    return all ? clusters : clusters - in_last_round();
   }
 
   // `next`: of the tile after those that were told.

@@ -1,10 +1,12 @@
 // dm where the gain is so small that the output has lost u, from the products themselves. In nearly every call no
-// feature is concerned: a few blocks look at all norms and gains and return.
+// feature is concerned: a few blocks look at all norms and gains and return. They do so beside the launch that fills
+// the rest of dm.
 #pragma once
 
 #include <algorithm>
 
 #include "compose_backward.cuh"
+#include "launches.cuh"
 #include "nf4.cuh"
 
 namespace dora_ext {
@@ -43,7 +45,7 @@ struct PackedWeight {
 template <typename T, typename Weight>
 struct RecoverProblem {
   using Acc = accumulate_t<T>;
-  Acc* grad_magnitude;  // (out,)
+  FeatureResult grad_magnitude;  // (out,)
   int64_t grad_magnitude_stride;
   const T* grad;  // (tokens, out), strides:
   int64_t grad_token_stride, grad_feature_stride;
@@ -89,11 +91,14 @@ __global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProb
   __shared__ Acc shared[2048];
   __shared__ Acc warp_sums[8];
   const auto flagged = [&](int64_t j) { return p.norm[j] > 0 && !(abs(p.gain[j]) >= Acc(kSmallGain)); };
+  allow_next_launch();
   int any = 0;
   for (int64_t j = blockIdx.x + threadIdx.x * int64_t{gridDim.x}; j < p.out; j += blockDim.x * int64_t{gridDim.x}) {
     any |= flagged(j);
   }
-  if (!__syncthreads_or(any)) return;
+  any = __syncthreads_or(any);
+  wait_for_previous_launch();  // whoever waits for this launch, waits for that one too
+  if (!any) return;
 
   for (int64_t j = blockIdx.x; j < p.out; j += gridDim.x) {
     if (!flagged(j)) continue;
@@ -109,17 +114,22 @@ __global__ void __launch_bounds__(256) magnitude_grad_recover_kernel(RecoverProb
     if (threadIdx.x == 0) {
       Acc total = 0;
       for (int warp = 0; warp < 8; ++warp) total += warp_sums[warp];
-      p.grad_magnitude[j * p.grad_magnitude_stride] = total / p.norm[j];
+      p.grad_magnitude.store(j * p.grad_magnitude_stride, total / p.norm[j]);
     }
     __syncthreads();
   }
 }
 
 template <typename T, typename Weight>
-void launch_magnitude_grad_recover(const RecoverProblem<T, Weight>& p, int multiprocessors, cudaStream_t stream) {
+void launch_magnitude_grad_recover(const RecoverProblem<T, Weight>& p, int multiprocessors, bool beside,
+                                   cudaStream_t stream) {
   if (p.out == 0) return;
-  const int64_t blocks = std::min<int64_t>(p.out, int64_t{multiprocessors} * 4);
-  magnitude_grad_recover_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(p.out, int64_t{multiprocessors} * 4));
+  if (beside) {
+    launch_beside(magnitude_grad_recover_kernel<T, Weight>, blocks, 256, 0, stream, p);
+  } else {
+    magnitude_grad_recover_kernel<<<blocks, 256, 0, stream>>>(p);
+  }
 }
 
 }  // namespace dora_ext

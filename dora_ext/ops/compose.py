@@ -25,7 +25,7 @@ def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_firs
 
 
 @fake("magnitude_grad_recover_")
-def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed=False):
+def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed=False, beside=False):
     return None
 
 

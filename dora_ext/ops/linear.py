@@ -42,8 +42,9 @@ def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scal
 
 
 @fake("adapter_backward")
-def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask):
-    return _asked_for(mask, (grad, h, lora_B, norm, norm))
+def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype=None):
+    magnitude = norm if magnitude_dtype is None else norm.to(magnitude_dtype)
+    return _asked_for(mask, (grad, h, lora_B, magnitude, norm))
 
 
 def once(backward: Callable) -> Callable:

@@ -24,5 +24,5 @@ def _(x, weight, lora_A, lora_B, magnitude, bias, scaling, cached=None, fingerpr
 
 
 @fake("hopper_backward")
-def _(grad, weight, P, lora_A, x):
+def _(grad, weight, P, lora_A, x, beside=False):
     return torch.empty_like(x, memory_format=torch.contiguous_format), lora_A.new_empty(lora_A.shape)
