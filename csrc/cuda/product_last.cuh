@@ -80,15 +80,24 @@ __device__ __forceinline__ void make_stretch(const GradientLast<T, kRanks>& f, c
     float part[kM][2][4] = {};
     barrier_wait(loaded + place.stage * 8, place.parity);
 #pragma unroll
-    for (int k = 0; k < f.kTokens; k += 16) {
-      uint32_t b[4];
-      load_matrix_x4_at<true>(b, stage + x_at + k * 128);
+    for (int half = 0; half < 2; ++half) {
+      // Of 64 tokens at once: what is loaded takes time to come.
+      const uint32_t from = stage + half * 64 * 128;
+      uint32_t b[4][4];
+#pragma unroll
+      for (int at = 0; at < 4; ++at) load_matrix_x4_at<true>(b[at], from + x_at + at * 16 * 128);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        uint32_t a[4];
-        load_matrix_x4_at<true>(a, stage + p_at + k * 128 + ((m * 2 + p_eight) ^ (p_token % 8)) * 16);
-        mma_m16n8k16<T>(part[m][0], a, {b[0], b[1]});
-        mma_m16n8k16<T>(part[m][1], a, {b[2], b[3]});
+        uint32_t a[4][4];
+#pragma unroll
+        for (int at = 0; at < 4; ++at) {
+          load_matrix_x4_at<true>(a[at], from + p_at + at * 16 * 128 + ((m * 2 + p_eight) ^ (p_token % 8)) * 16);
+        }
+#pragma unroll
+        for (int at = 0; at < 4; ++at) {
+          mma_m16n8k16<T>(part[m][0], a[at], {b[at][0], b[at][1]});
+          mma_m16n8k16<T>(part[m][1], a[at], {b[at][2], b[at][3]});
+        }
       }
     }
     __syncwarp();
