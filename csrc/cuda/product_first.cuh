@@ -15,7 +15,7 @@
 namespace dora_ext {
 
 struct NothingFirst {
-  static constexpr bool kAny = false, kGainMade = false;
+  static constexpr bool kAny = false, kGainMade = false, kFactors = true;
 };
 
 // Zeros that are left as zeros: how many clusters are done, and how often a warpgroup has made its 64 rows of a unit:
@@ -37,7 +37,7 @@ struct NormsFirst {
 // kRanks: 16, 32 or 64, no less than the rank.
 template <typename T, int kRanks_>
 struct HiddenFirst {
-  static constexpr bool kAny = true, kGainMade = true;
+  static constexpr bool kAny = true, kGainMade = true, kFactors = true;
   static constexpr int kRanks = kRanks_;
 
   CUtensorMap lora_A;  // boxes of 64 x kRanks

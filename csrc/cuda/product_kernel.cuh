@@ -85,17 +85,42 @@ struct ColumnFactors {
   }
 
   __device__ __forceinline__ void load(const ProductProblem& p, int column) {
+    load(gain, p.gain, column, p.columns, 1.0f);
+    load(bias, p.bias, column, p.columns, 0.0f);
+  }
+
+  // Beside the last column any number will do: what becomes of it is never stored.
+  static __device__ __forceinline__ void load(float2 (&to)[8], const float* from, int column, int columns,
+                                              float without) {
+    const auto* here = reinterpret_cast<const float2*>(from + column);
+    const bool whole = column + 7 * 8 < columns;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const bool inside = column + 8 * j < p.columns;
-      const auto* here = reinterpret_cast<const float2*>(p.gain + column + 8 * j);
-      gain[j] = make_float2(1.0f, 1.0f);
-      if (inside && p.gain != nullptr) gain[j] = kGainMade ? __ldca(here) : __ldg(here);
-      bias[j] = inside && p.bias != nullptr ? __ldg(reinterpret_cast<const float2*>(p.bias + column + 8 * j))
-                                            : make_float2(0.0f, 0.0f);
+    for (int j = 0; j < 8; ++j) to[j] = make_float2(without, without);
+    if (from == nullptr) return;
+    if (whole) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[j] = kGainMade ? __ldca(here + 4 * j) : __ldg(here + 4 * j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (column + 8 * j < columns) to[j] = kGainMade ? __ldca(here + 4 * j) : __ldg(here + 4 * j);
+      }
     }
   }
+
+  __device__ __forceinline__ float2 apply(int j, float low, float high) const {
+    return make_float2(fmaf(low, gain[j].x, bias[j].x), fmaf(high, gain[j].y, bias[j].y));
+  }
 };
+
+// None.
+struct NoFactors {
+  static __device__ __forceinline__ void prefetch(const ProductProblem&, int) {}
+  __device__ __forceinline__ void load(const ProductProblem&, int) {}
+  __device__ __forceinline__ float2 apply(int, float low, float high) const { return make_float2(low, high); }
+};
+template <typename First>
+using FactorsOf = std::conditional_t<First::kFactors, ColumnFactors<First::kGainMade>, NoFactors>;
 
 // One warpgroup: its 64 rows of the tile, box by box, through shared memory.
 template <typename T, typename Tile, typename Factors>
@@ -111,14 +136,16 @@ __device__ __forceinline__ void store_sums(const float (&sums)[Tile::kColumns / 
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float* d = sums + box * 32 + j * 4;
-      const float2 gain = factors.gain[j], bias = factors.bias[j];
-      rounded[j][0] = pack<T>(fmaf(d[0], gain.x, bias.x), fmaf(d[1], gain.y, bias.y));
-      rounded[j][1] = pack<T>(fmaf(d[2], gain.x, bias.x), fmaf(d[3], gain.y, bias.y));
+      const float2 above = factors.apply(j, d[0], d[1]), below = factors.apply(j, d[2], d[3]);
+      rounded[j][0] = pack<T>(above.x, above.y);
+      rounded[j][1] = pack<T>(below.x, below.y);
     }
     if (box + 1 < Tile::kColumns / 64) factors.load(p, column + (box + 1) * 64 + lane % 4 * 2);
-    // The box that was here two boxes ago must have left.
-    if (threadIdx.x % 128 == 0) stored_boxes_read<1>();
-    warpgroup_sync(1 + warpgroup);
+    // The box that was here two boxes ago must have left; those of the tile before have, in all likelihood.
+    if (box != 1) {
+      if (threadIdx.x % 128 == 0) box == 0 ? stored_boxes_read<0>() : stored_boxes_read<1>();
+      warpgroup_sync(1 + warpgroup);
+    }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       store_matrix_x4(to + to_row + ((j + lane / 16) ^ lane % 8) * 16,
@@ -155,7 +182,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
         continue;
       }
     }
-    ColumnFactors<First::kGainMade>::prefetch(p, tile.column + static_cast<int>(threadIdx.x) % 256);
+    FactorsOf<First>::prefetch(p, tile.column + static_cast<int>(threadIdx.x) % 256);
     int accumulate = 0, unfinished = -1;  // the latest stage whose products may still be under way
     const auto multiply = [&](int step) {
       const uint64_t at = static_cast<uint64_t>(place.stage * (Tile::kStageBytes >> 4));
@@ -188,7 +215,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductMaps& maps, const Pr
       place.advance();
     }
     const int row = tile.row + warpgroup * 64;
-    ColumnFactors<First::kGainMade> factors;
+    FactorsOf<First> factors;
     wait_for_previous_launch();
     factors.load(p, tile.column + lane % 4 * 2);
     products_wait<0>();

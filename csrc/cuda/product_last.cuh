@@ -12,7 +12,7 @@ namespace dora_ext {
 // kRanks: 16, 32 or 64, no less than the rank. T: of x and P. P's map is that of left_tail.
 template <typename T, int kRanks_>
 struct GradientLast {
-  static constexpr bool kAny = true, kGainMade = false;
+  static constexpr bool kAny = true, kGainMade = false, kFactors = false;
   static constexpr int kRanks = kRanks_;
   static constexpr int kTokens = 128, kBoxes = 2;  // a stage: as many tokens, of boxes of 64 columns, in each block
   static constexpr int kColumns = 64 * kBoxes;
