@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weigh
   return {y, h};
 }
 
-bool product_makes_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+bool one_forward_with_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
   static auto fits = find_op<bool(const Tensor&, const Tensor&, const Tensor&)>("dora_ext::hopper_forward_norm_fits");
   const Products which = chosen;
   if (!x.is_cuda() || which == Products::kLibrary || !fits.call(x, weight, lora_A)) return false;

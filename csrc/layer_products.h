@@ -21,8 +21,9 @@ struct KeptNorms {
   int64_t epoch;
 };
 
-// y, h, n and g of a W (out, in), where the product makes the norms too; `kept` may be null.
-bool product_makes_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A);
+// y, h, n and g of a W (out, in), where one op launches norms and product, or a product that makes both; `kept` may be
+// null.
+bool one_forward_with_norms(const Tensor& x, const Tensor& weight, const Tensor& lora_A);
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_products_with_norms(const Tensor& x, const Tensor& weight,
                                                                        const Tensor& lora_A, const Tensor& lora_B,
                                                                        const Tensor& magnitude,

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor&
   const Tensor tokens = as_tokens(x);
   const bool decodes = !transposed && decode_fits(tokens, weight);
   Tensor y, h, n, g;
-  if (!gain && !transposed && !decodes && product_makes_norms(tokens, weight, lora_A)) {
+  if (!gain && !transposed && !decodes && one_forward_with_norms(tokens, weight, lora_A)) {
     std::tie(y, h, n, g) = forward_products_with_norms(tokens, weight, lora_A, lora_B, magnitude, bias, scaling, kept);
   } else if (gain) {
     // An op whose schema declares no alias must not return its arguments; the caller has them.

@@ -25,9 +25,9 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
 }
 
 // What a product makes first (product_first.cuh), and by how many pairs of blocks. Its units are rows of tiles, 256
-// rows of h, and columns of tiles, 256 norms: beside tiles each takes a pair of blocks some 15 us at k = 4096, those of
-// norms 22 at a rank of 16 and 35 at one of 64, and a tile asks for them after 50. None where the last round leaves too
-// few pairs idle.
+// rows of h, and columns of tiles, 256 norms. Beside tiles each takes a pair of blocks 23 us at k = 4096, more at a
+// rank above 16, since it gets no more of the L2 cache than a tile does; and a tile asks for them after 47. None where
+// the last round leaves too few pairs idle.
 struct First {
   int64_t pairs = 0;
   bool hidden = false, norms = false;

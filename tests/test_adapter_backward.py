@@ -67,6 +67,25 @@ def test_composed_against_float64(device, shape, dtype):
     case.check(adapter_backward(*case.args()), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("magnitude_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(70, 264, 16), (70, 264, 64), (40, 57, 16)], ids=str)
+def test_the_magnitudes_gradient_in_another_dtype(device, shape, magnitude_dtype):
+    case = Case(*shape, torch.bfloat16, device)
+    wide, narrow = (adapter_backward(*case.args(), d)[3] for d in (None, magnitude_dtype))
+    assert wide.dtype == torch.float32 and narrow.dtype == magnitude_dtype
+    assert torch.equal(narrow, wide.to(magnitude_dtype))  # rounded once
+
+
+@pytest.mark.cuda
+def test_in_one_pass():
+    fits = torch.ops.dora_ext.adapter_backward_in_one_pass
+    for shapes, expected in ((ONE_PASS, True), (COMPOSED, False)):
+        for shape in shapes:
+            case = Case(*shape, torch.bfloat16, "cuda")
+            assert fits(case.grad, case.y, case.h, case.lora_B) == expected
+            assert not fits(case.grad.float(), None, case.h.float(), case.lora_B)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_wider_parameters(device, dtype, bias):
