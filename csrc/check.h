@@ -163,8 +163,7 @@ inline void check_compose_backward(const Tensor& grad, const Tensor& saved, cons
   if (bias) check_feature(op, "bias", *bias, out, grad);
 }
 
-// W of `shape`, (out, in), in x's dtype, which `weight` holds in some form. grad_magnitude is written in place, so it
-// must have the dtype of the sums.
+// W of `shape`, (out, in), in x's dtype, which `weight` holds in some form.
 inline void check_recover_operands(const char* op, const Tensor& grad_magnitude, const Tensor& grad_y, const Tensor& x,
                                    const Tensor& h, at::IntArrayRef shape, const Tensor& weight, const Tensor& lora_B,
                                    const Tensor& norm, const Tensor& gain, double scaling) {
