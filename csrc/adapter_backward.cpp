@@ -13,7 +13,7 @@ namespace {
 AdapterGradients adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                   const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
                                   int64_t mask, std::optional<at::ScalarType> magnitude_dtype) {
-  check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+  check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
   return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
 }
 

@@ -37,10 +37,12 @@ inline bool is_half(at::ScalarType t) {
   return t == at::kHalf || t == at::kBFloat16;
 }
 
-inline void check_float(const char* op, const char* name, const Tensor& t) {
-  const auto d = t.scalar_type();
+inline void check_float(const char* op, const char* name, at::ScalarType d) {
   TORCH_CHECK_TYPE(d == at::kFloat || d == at::kDouble || d == at::kHalf || d == at::kBFloat16, op, ": ", name,
                    ": expected bfloat16, float16, float32 or float64, got ", d);
+}
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  check_float(op, name, t.scalar_type());
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {

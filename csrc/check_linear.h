@@ -49,7 +49,7 @@ inline void check_linear_backward(const char* op, const Tensor& grad_y, const Op
 
 inline void check_adapter_backward(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                    const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                   int64_t mask) {
+                                   int64_t mask, std::optional<at::ScalarType> magnitude_dtype) {
   const char* op = "dora_ext::adapter_backward";
   check_float(op, "grad", grad);
   check_dim(op, "grad", grad, 2);
@@ -70,6 +70,7 @@ inline void check_adapter_backward(const Tensor& grad, const OptionalTensor& y, 
   check_feature(op, "norm", norm, out, grad);
   check_feature(op, "gain", gain, out, grad);
   if (bias) check_feature(op, "bias", *bias, out, grad);
+  if (magnitude_dtype) check_float(op, "magnitude_dtype", *magnitude_dtype);
   check_scaling(op, scaling);
   TORCH_CHECK_VALUE(y || !(mask & kWantMagnitude), op, ": y: expected a tensor, as mask asks for grad_magnitude");
 }

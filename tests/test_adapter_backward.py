@@ -138,6 +138,7 @@ def test_refuses(device):
         (5, case.gain[:8], ValueError, "gain: expected shape"),
         (6, case.bias[:8], ValueError, "bias: expected shape"),
         (7, float("nan"), ValueError, "scaling: expected a finite number"),
+        (9, torch.int32, TypeError, "magnitude_dtype: expected bfloat16, float16, float32 or float64, got Int"),
     ):
         with pytest.raises(kind, match=message):
             adapter_backward(*with_argument(i, value))

@@ -100,7 +100,7 @@ AdapterGradients adapter_backward_cuda(const Tensor& grad, const OptionalTensor&
                                        const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
                                        const OptionalTensor& bias, double scaling, int64_t mask,
                                        std::optional<at::ScalarType> magnitude_dtype) {
-  check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask);
+  check_adapter_backward(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
   const c10::cuda::CUDAGuard guard(grad.device());
   if (!one_pass_fits(grad, y, h, lora_B)) {
     return adapter_backward_composed(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype);
