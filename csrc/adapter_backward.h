@@ -25,7 +25,7 @@ using AdapterGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // adapter_backward, through the dispatcher.
 AdapterGradients adapter_backward_op(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B,
                                      const Tensor& norm, const Tensor& gain, const OptionalTensor& bias, double scaling,
-                                     int64_t mask, std::optional<at::ScalarType> magnitude_dtype = std::nullopt);
+                                     int64_t mask, std::optional<at::ScalarType> magnitude_dtype);
 
 // Whether its last launch makes nothing but what is added up: P and gradients, not G.
 bool adapter_backward_in_one_pass(const Tensor& grad, const OptionalTensor& y, const Tensor& h, const Tensor& lora_B);

@@ -129,8 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     const OptionalTensor saved = want_m ? OptionalTensor(as_tokens(*y)) : std::nullopt;
     one_pass = adapter_backward_in_one_pass(grad, saved, h, lora_B);
     std::tie(G, P, grad_B, grad_m, grad_b) =
-        adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted,
-                            one_pass ? std::optional<at::ScalarType>(magnitude.scalar_type()) : std::nullopt);
+        adapter_backward_op(grad, saved, h, lora_B, n, gain, bias, scaling, wanted, magnitude.scalar_type());
     if (want_m) {
       magnitude_grad_recover_op_(grad_m, grad, tokens, h, weight, lora_B, n, gain, scaling, transposed, one_pass);
     }

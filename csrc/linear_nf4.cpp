@@ -112,8 +112,7 @@ Nf4Gradients backward_with_gain_in_weight(const Tensor& grad_y, const OptionalTe
   // First, so that the product may begin beside the launches that add up what the pass over dY has summed.
   if (want_x && one_pass) unpack_W();
   auto [G, P, grad_B, grad_m, grad_b] =
-      adapter_backward_op(grad, saved, h, lora_B, norm, gain, bias, scaling, wanted,
-                          one_pass ? std::optional<at::ScalarType>(magnitude.scalar_type()) : std::nullopt);
+      adapter_backward_op(grad, saved, h, lora_B, norm, gain, bias, scaling, wanted, magnitude.scalar_type());
   if (want_m) {
     recover.call(grad_m, grad, tokens, h, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
                  nested_blocksize, lora_B, norm, gain, scaling, one_pass);
