@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "check.h"
+#include "kept_norms.h"
 
 namespace dora_ext {
 
@@ -14,12 +15,6 @@ namespace dora_ext {
 std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weight, bool transposed,
                                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                             const OptionalTensor& bias, double scaling);
-
-// What norm_cached keeps between calls.
-struct KeptNorms {
-  Tensor &cached, &fingerprint;
-  int64_t epoch;
-};
 
 // y, h, n and g of a W (out, in), where one op launches norms and product, or a product that makes both; `kept` may be
 // null.

@@ -129,9 +129,8 @@ TORCH_LIBRARY(dora_ext, m) {
       "hopper_forward_norm(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
       " float scaling) -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
   m.def(
-      "hopper_forward_norm_cached(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? "
-      "bias,"
-      " float scaling, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
+      "hopper_forward_norm_cached(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude,"
+      " Tensor? bias, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
       " -> (Tensor y, Tensor h, Tensor norm, Tensor gain)");
   m.def("hopper_forward_norm_fits(Tensor x, Tensor weight, Tensor lora_A) -> bool");
   // (dX, dA) = ([grad | P] [W ; A], P^T x), of grad (tokens, out) and P (tokens, r), where the same kernel makes dA

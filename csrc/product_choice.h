@@ -29,8 +29,7 @@ inline ProductChoice choose_product(int64_t rows, int64_t columns, int64_t multi
 // rank above 16, since it gets no more of the L2 cache than a tile does; and a tile asks for them after 47. None where
 // the last round leaves too few pairs idle.
 struct First {
-  int64_t pairs = 0;
-  bool hidden = false, norms = false;
+  int64_t pairs = 0, of_h = 0, of_norms = 0;  // and how many units of each
 };
 inline First choose_first(int64_t rows, int64_t columns, int64_t rank, int64_t multiprocessors, bool want_norms) {
   constexpr int64_t kMostUnits = 256;
@@ -38,22 +37,21 @@ inline First choose_first(int64_t rows, int64_t columns, int64_t rank, int64_t m
   const int64_t of_h = (rows + 255) / 256, of_norms = (columns + 255) / 256;
   const int64_t tiles = of_h * ((columns + width - 1) / width);
   const int64_t idle = product_rounds(rows, columns, width, multiprocessors) * pairs - tiles;
-  const auto fit = [&](bool hidden, bool norms, int64_t fewest, int64_t most) {
-    const int64_t units = (hidden ? of_h : 0) + (norms ? of_norms : 0);
-    for (int64_t each = fewest; each <= most && units <= kMostUnits; ++each) {
-      const int64_t count = (units + each - 1) / each;
-      if (count <= idle) return First{count, hidden, norms};
+  const auto fit = [&](int64_t h, int64_t norms, int64_t fewest, int64_t most) {
+    for (int64_t each = fewest; each <= most && h + norms <= kMostUnits; ++each) {
+      const int64_t count = (h + norms + each - 1) / each;
+      if (count <= idle) return First{count, h, norms};
     }
     return First{};
   };
   First first;
   const bool norms = want_norms && width == 256;
   // Both, where W is not small beside x.
-  if (norms && rank <= 16 && 2 * of_norms >= of_h) first = fit(true, true, 2, 3);
-  if (norms && first.pairs == 0 && of_norms >= 2 * of_h) first = fit(false, true, 2, 2);
+  if (norms && rank <= 16 && 2 * of_norms >= of_h) first = fit(of_h, of_norms, 2, 3);
+  if (norms && first.pairs == 0 && of_norms >= 2 * of_h) first = fit(0, of_norms, 2, 2);
   // More than eight pairs at once take the memory from those that multiply.
-  if (first.pairs == 0) first = fit(true, false, of_h <= 8 ? 1 : 2, 2);
-  if (norms && first.pairs == 0 && rank <= 16) first = fit(false, true, 2, 2);
+  if (first.pairs == 0) first = fit(of_h, 0, of_h <= 8 ? 1 : 2, 2);
+  if (norms && first.pairs == 0 && rank <= 16) first = fit(0, of_norms, 2, 2);
   return first;
 }
 

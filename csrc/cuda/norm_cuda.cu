@@ -13,7 +13,7 @@ namespace dora_ext {
 
 std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                         const Tensor& magnitude, double scaling, bool transposed,
-                                        const NormMarks& kept) {
+                                        const KeptNorms* kept) {
   const auto options = weight.options().dtype(accumulate_type(weight.scalar_type()));
   const int64_t out = lora_B.size(0), in = lora_A.size(1);
   Tensor norm = at::empty({out}, options), gain = at::empty({out}, options);
@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora
   switch_dtype(w.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
-    int64_t* marks = kept.fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*kept.fingerprint);
-    Acc* stored = kept.cached == nullptr ? nullptr : mutable_data<Acc>(*kept.cached);
+    int64_t* marks = kept == nullptr ? nullptr : mutable_data<int64_t>(kept->fingerprint);
+    Acc* stored = kept == nullptr ? nullptr : mutable_data<Acc>(kept->cached);
     NormProblem<T> problem{
         data<T>(w), data<T>(a), data<T>(b), out, in, a.size(1), static_cast<int>(a.size(0)), static_cast<Acc>(scaling),
         nullptr,    marks};
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora
     problem.partials = mutable_data<Acc>(partials);
 
     if (marks != nullptr)
-      launch_fingerprint(problem, transposed, scaling, kept.epoch, marks, device.multiprocessors, stream);
+      launch_fingerprint(problem, transposed, scaling, kept->epoch, marks, device.multiprocessors, stream);
     launch_norm(plan, problem, stream);
     launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
                             mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora
 }
 
 void launch_fingerprint_alone(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                              const NormMarks& marks) {
+                              const KeptNorms& kept) {
   switch_dtype(weight.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     NormProblem<T> problem{};
@@ -62,7 +62,7 @@ void launch_fingerprint_alone(const Tensor& weight, const Tensor& lora_A, const 
     problem.out = weight.size(0);
     problem.in = problem.pitch_A = weight.size(1);
     problem.rank = static_cast<int>(lora_A.size(0));
-    launch_fingerprint(problem, /*transposed=*/false, scaling, marks.epoch, mutable_data<int64_t>(*marks.fingerprint),
+    launch_fingerprint(problem, /*transposed=*/false, scaling, kept.epoch, mutable_data<int64_t>(kept.fingerprint),
                        multiprocessors(), current_stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A,
                                      const Tensor& magnitude, double scaling, bool transposed) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
   const c10::cuda::CUDAGuard guard(weight.device());
-  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, {});
+  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr);
 }
 
 std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& 
                                             Tensor& fingerprint, int64_t epoch) {
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
   const c10::cuda::CUDAGuard guard(weight.device());
-  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, {&cached, &fingerprint, epoch});
+  const KeptNorms kept{cached, fingerprint, epoch};
+  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, &kept);
 }
 
 }  // namespace

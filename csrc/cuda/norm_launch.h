@@ -6,21 +6,17 @@
 
 #include <tuple>
 
+#include "../kept_norms.h"
+
 namespace dora_ext {
 
-// What norm_cached keeps, or null and null.
-struct NormMarks {
-  at::Tensor *cached = nullptr, *fingerprint = nullptr;
-  int64_t epoch = 0;
-};
-
-// n and g of W (out, in), or (in, out) when transposed.
+// n and g of W (out, in), or (in, out) when transposed; `kept` may be null.
 std::tuple<at::Tensor, at::Tensor> launch_norms(const at::Tensor& weight, const at::Tensor& lora_A,
                                                 const at::Tensor& lora_B, const at::Tensor& magnitude, double scaling,
-                                                bool transposed, const NormMarks& marks);
+                                                bool transposed, const KeptNorms* kept);
 
-// Leaves in marks.fingerprint (int64[4]) whether the norms of W (out, in), A and B, all contiguous, are stale.
+// Leaves in kept.fingerprint (int64[4]) whether the norms of W (out, in), A and B, all contiguous, are stale.
 void launch_fingerprint_alone(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                              double scaling, const NormMarks& marks);
+                              double scaling, const KeptNorms& kept);
 
 }  // namespace dora_ext

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "launches.cuh"
 #include "mma.cuh"
 
 namespace dora_ext {

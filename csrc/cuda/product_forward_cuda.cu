@@ -31,7 +31,7 @@ First choose(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool w
   return choose_first(x.size(0), weight.size(0), rank, multiprocessors(), want_norms);
 }
 bool hopper_forward_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
-  return choose(x, weight, lora_A, /*want_norms=*/false).hidden;
+  return choose(x, weight, lora_A, /*want_norms=*/false).of_h > 0;
 }
 bool hopper_forward_norm_fits(const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
   return weight.is_contiguous() && choose(x, weight, lora_A, /*want_norms=*/true).pairs > 0;
@@ -45,7 +45,7 @@ struct Forward {
   First first;
   Tensor y, h, scaled_h, gain;  // gain is made, or given
   Tensor norm, magnitude;       // where norms are made
-  NormMarks marks;
+  const KeptNorms* kept = nullptr;
   bool beside = false;  // the launch before this one made nothing but the gain, or a fingerprint
 };
 
@@ -56,20 +56,20 @@ void run(const Forward& f) {
   const ProductCounters counters = product_counters(f.x, /*any_first=*/true);
   HiddenFirst<T, kRanks> first{};
   if (!encode_map<T>(&first.lora_A, product_matrix(f.A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
-  if (f.first.hidden) {
+  if (f.first.of_h > 0) {
     first.h = mutable_data<T>(f.h);
     first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(f.scaled_h);
-    first.units = static_cast<int>((rows + 255) / 256);
+    first.units = static_cast<int>(f.first.of_h);
     first.early = std::min(kGroup, first.units);
   }
   first.counters = reinterpret_cast<FirstCounters*>(counters.first);
   first.scaling = static_cast<float>(f.scaling);
   first.rank = static_cast<int>(rank);
-  if (f.first.norms) {
-    first.norms.units = static_cast<int>((columns + 255) / 256);
+  if (f.first.of_norms > 0) {
+    first.norms.units = static_cast<int>(f.first.of_norms);
     first.norms.magnitude = feature_vector(f.magnitude);
-    first.norms.fingerprint = f.marks.fingerprint == nullptr ? nullptr : mutable_data<int64_t>(*f.marks.fingerprint);
-    first.norms.cached = f.marks.cached == nullptr ? nullptr : mutable_data<float>(*f.marks.cached);
+    first.norms.fingerprint = f.kept == nullptr ? nullptr : mutable_data<int64_t>(f.kept->fingerprint);
+    first.norms.cached = f.kept == nullptr ? nullptr : mutable_data<float>(f.kept->cached);
     first.norms.norm = mutable_data<float>(f.norm);
     first.norms.gain = mutable_data<float>(f.gain);
   }
@@ -95,7 +95,7 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   check_dim(op, "x", x, 2);
   Forward f{};
   f.first = choose(x, weight, lora_A, want_norms);
-  TORCH_CHECK_VALUE(want_norms ? f.first.pairs > 0 && weight.is_contiguous() : f.first.hidden, op,
+  TORCH_CHECK_VALUE(want_norms ? f.first.pairs > 0 && weight.is_contiguous() : f.first.of_h > 0, op,
                     ": x, weight, lora_A: expected what hopper_forward", want_norms ? "_norm" : "",
                     "_fits says yes to");
   const auto dtype = x.scalar_type();
@@ -106,8 +106,9 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   if (bias) f.bias = in_dtype(*bias, at::kFloat);
   f.scaling = scaling;
   f.y = at::empty({x.size(0), weight.size(0)}, x.options());
-  f.h = f.first.hidden ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
-  f.scaled_h = scaling == 1 ? f.h : f.first.hidden ? at::empty_like(f.h) : f.h.mul(scaling);
+  const bool makes_h = f.first.of_h > 0;
+  f.h = makes_h ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
+  f.scaled_h = scaling == 1 ? f.h : makes_h ? at::empty_like(f.h) : f.h.mul(scaling);
   return f;
 }
 
@@ -132,18 +133,18 @@ std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight,
 std::tuple<Tensor, Tensor, Tensor, Tensor> with_norms(const char* op, const Tensor& x, const Tensor& weight,
                                                       const Tensor& lora_A, const Tensor& lora_B,
                                                       const Tensor& magnitude, const OptionalTensor& bias,
-                                                      double scaling, const NormMarks& marks) {
+                                                      double scaling, const KeptNorms* kept) {
   const c10::cuda::CUDAGuard guard(x.device());
   Forward f = prepare(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, true);
   f.magnitude = magnitude.contiguous();
-  f.marks = marks;
-  if (f.first.norms) {
+  f.kept = kept;
+  if (f.first.of_norms > 0) {
     f.norm = at::empty({weight.size(0)}, x.options().dtype(at::kFloat));
     f.gain = at::empty_like(f.norm);
-    if (marks.fingerprint != nullptr) launch_fingerprint_alone(weight, f.A, f.B, scaling, marks);
-    f.beside = marks.fingerprint != nullptr;
+    if (kept != nullptr) launch_fingerprint_alone(weight, f.A, f.B, scaling, *kept);
+    f.beside = kept != nullptr;
   } else {
-    std::tie(f.norm, f.gain) = launch_norms(weight, f.A, f.B, f.magnitude, scaling, /*transposed=*/false, marks);
+    std::tie(f.norm, f.gain) = launch_norms(weight, f.A, f.B, f.magnitude, scaling, /*transposed=*/false, kept);
     f.beside = true;
   }
   run(f);
@@ -154,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm(const Tensor& x, 
                                                                const Tensor& lora_A, const Tensor& lora_B,
                                                                const Tensor& magnitude, const OptionalTensor& bias,
                                                                double scaling) {
-  return with_norms("dora_ext::hopper_forward_norm", x, weight, lora_A, lora_B, magnitude, bias, scaling, {});
+  return with_norms("dora_ext::hopper_forward_norm", x, weight, lora_A, lora_B, magnitude, bias, scaling, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm_cached(
@@ -162,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hopper_forward_norm_cached(
     const OptionalTensor& bias, double scaling, Tensor& cached, Tensor& fingerprint, int64_t epoch) {
   const char* op = "dora_ext::hopper_forward_norm_cached";
   check_cached(op, cached, fingerprint, weight, at::kFloat, weight.size(0));
-  return with_norms(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, {&cached, &fingerprint, epoch});
+  const KeptNorms kept{cached, fingerprint, epoch};
+  return with_norms(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, &kept);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What product_kernel.cuh multiplies: the problem, its tiles in shared memory, and who takes which when.
 #pragma once
 
+#include "launches.cuh"
 #include "product_async.cuh"
 
 namespace dora_ext {
