@@ -69,6 +69,28 @@ def expect(got, case, dtype=torch.bfloat16):
     assert relative_error(got, case.expected()) <= HALVES[dtype] * (1 if got.numel() >= 1000 else 2)
 
 
+def expect_same_bits_twice(results):
+    """Of `results`, a function that gives a tuple of them."""
+    first = results()
+    for _ in range(5):
+        assert all(map(torch.equal, results(), first))
+
+
+def expect_same_bits_where_multiprocessors_are_held(results):
+    """Beside a kernel that holds them, clusters come late and find their work taken by those that are there."""
+    expected, long = results(), torch.randn(8192, 8192, device="cuda")
+    holding, *streams = (torch.cuda.Stream() for _ in range(3))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(holding):
+        long @ long
+    got = []
+    for stream in streams * 5:  # two at once, each with a part of the GPU
+        with torch.cuda.stream(stream):
+            got.append(results())
+    torch.cuda.synchronize()
+    assert all(all(map(torch.equal, each, expected)) for each in got)
+
+
 @hopper
 @pytest.mark.parametrize(("rows", "columns", "inner", "tail"), SHAPES)
 @pytest.mark.parametrize("transposed", [False, True])

@@ -3,7 +3,12 @@ rows of tiles and stretches of them, stages, ranks; the product itself has tests
 
 import pytest
 import torch
-from test_product import HALVES, hopper
+from test_product import (
+    HALVES,
+    expect_same_bits_twice,
+    expect_same_bits_where_multiprocessors_are_held,
+    hopper,
+)
 
 import dora_ext  # noqa: F401, registers the ops
 from dora_ext.testing import adapter, relative_error
@@ -33,7 +38,8 @@ class Case:
     def __init__(self, tokens, inner, out, r, dtype=torch.bfloat16, scaling=1.5, bias=True, **options):
         t = {k: v.detach() for k, v in adapter(out, inner, r, dtype=dtype, device="cuda", bias=bias, **options).items()}
         self.weight, self.lora_A, self.lora_B = t["weight"], t["lora_A"], t["lora_B"]
-        self.gain, self.bias = torch.randn(out + 1, device="cuda")[1:], t.get("bias")  # from 4 bytes off
+        self.magnitude, self.bias = t["magnitude"], t.get("bias")
+        self.gain = torch.randn(out + 1, device="cuda")[1:]  # from 4 bytes off
         self.x, self.scaling = torch.randn(tokens, inner, device="cuda").to(dtype), scaling
 
     def operands(self):
@@ -77,9 +83,7 @@ def test_values_of_a_real_layer(shape):
 @pytest.mark.parametrize("shape", [(4096, 520, 4096, 16), (600, 1000, 520, 24), (300, 4096, 264, 32)], ids=str)
 def test_same_bits_twice(shape):
     case = Case(*shape)
-    first = case.forward()
-    for _ in range(5):
-        assert all(map(torch.equal, case.forward(), first))
+    expect_same_bits_twice(case.forward)
 
 
 @hopper
@@ -123,18 +127,7 @@ def test_captured_graphs_and_streams_beside_one_another():
 @hopper
 def test_when_another_kernel_holds_multiprocessors():
     """Clusters that come late find h taken by those that are there."""
-    case, long = Case(4096, 136, 1032, 16), torch.randn(8192, 8192, device="cuda")
-    expected = case.forward()
-    holding, *streams = (torch.cuda.Stream() for _ in range(3))
-    torch.cuda.synchronize()
-    with torch.cuda.stream(holding):
-        long @ long
-    got = []
-    for stream in streams * 5:  # two at once, each with a part of the GPU
-        with torch.cuda.stream(stream):
-            got.append(case.forward())
-    torch.cuda.synchronize()
-    assert all(all(map(torch.equal, results, expected)) for results in got)
+    expect_same_bits_where_multiprocessors_are_held(Case(4096, 136, 1032, 16).forward)
 
 
 @hopper

@@ -3,7 +3,13 @@ stretches, tokens of stages, ranks; the product itself has tests/test_product.py
 
 import pytest
 import torch
-from test_product import HALVES, hopper, matrix
+from test_product import (
+    HALVES,
+    expect_same_bits_twice,
+    expect_same_bits_where_multiprocessors_are_held,
+    hopper,
+    matrix,
+)
 
 import dora_ext  # noqa: F401, registers the ops
 from dora_ext.testing import relative_error
@@ -67,9 +73,7 @@ def test_values_of_a_real_layer(shape):
 @hopper
 def test_same_bits_twice():
     case = Case(1100, 2056, 520, 24, param_dtype=torch.float32)
-    first = case.backward()
-    for _ in range(5):
-        assert all(map(torch.equal, case.backward(), first))
+    expect_same_bits_twice(case.backward)
 
 
 @hopper
@@ -89,18 +93,7 @@ def test_is_captured_and_replayed():
 @hopper
 def test_when_another_kernel_holds_multiprocessors():
     """Clusters that come late find dA taken by those that are there."""
-    case, long = Case(4096, 4096, 520, 16), torch.randn(8192, 8192, device="cuda")
-    expected = case.backward()
-    holding, *streams = (torch.cuda.Stream() for _ in range(3))
-    torch.cuda.synchronize()
-    with torch.cuda.stream(holding):
-        long @ long
-    got = []
-    for stream in streams * 5:  # two at once, each with a part of the GPU
-        with torch.cuda.stream(stream):
-            got.append(case.backward())
-    torch.cuda.synchronize()
-    assert all(all(map(torch.equal, results, expected)) for results in got)
+    expect_same_bits_where_multiprocessors_are_held(Case(4096, 4096, 520, 16).backward)
 
 
 @hopper
