@@ -54,6 +54,8 @@ template <typename T, typename A>
 __global__ void __launch_bounds__(kDecodeAdapterThreads) decode_adapter_kernel(DecodeProblem<T> p) {
   constexpr int kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
   __shared__ float of_warp[kDecodeAdapterThreads / 32][kDecodeTokens];
+  // The next launch reads more than this one writes: nothing of it may begin before what came before this one is done.
+  wait_for_previous_launch();
   allow_next_launch();
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x);
   const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
@@ -199,7 +201,7 @@ class DecodeEnd {
 
 template <typename T, typename A>
 void launch_decode_adapter(const DecodeProblem<T>& p, cudaStream_t stream) {
-  decode_adapter_kernel<T, A><<<static_cast<unsigned>(p.rank), kDecodeAdapterThreads, 0, stream>>>(p);
+  launch_beside(decode_adapter_kernel<T, A>, static_cast<unsigned>(p.rank), kDecodeAdapterThreads, 0, stream, p);
 }
 
 // h, and then y by `kernel`, which takes the problem and its weight.
