@@ -21,7 +21,13 @@ TORCH_LIBRARY(dora_ext, m) {
       "norm_cached(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed,"
       " Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0) -> (Tensor norm, Tensor gain)");
 
-  // Linear, whole. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
+  // Linear, whole, and differentiable: linear_forward_cached where `cached` and `fingerprint` are given, else
+  // linear_forward. No gradient flows to weight, norm and gain.
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? norm,"
+      " Tensor? gain, float scaling, bool transposed=False, Tensor(a!)? cached=None, Tensor(b!)? fingerprint=None,"
+      " int epoch=0) -> Tensor");
+  // Its parts. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
   m.def(
       "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias,"
@@ -197,8 +203,8 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");
 }
 
-// Gradients are made outside the ops, by torch.autograd.Function in Python; n and g have none (DoRA, section 4.3). Said
-// here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
+// Gradients are made outside these ops, in linear_autograd.cpp and in Python; n and g have none (DoRA, section 4.3).
+// Said here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
 TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
   for (const char* op :
        {"norm", "norm_cached", "norm_nf4", "norm_nf4_cached", "linear_forward", "linear_forward_cached",

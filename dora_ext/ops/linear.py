@@ -1,4 +1,4 @@
-"""DoRA's linear layer as one autograd node: y = g * (x W^T + s (x A^T) B^T) + bias, with g = m / |W + s B A|."""
+"""DoRA's linear layer: y = g * (x W^T + s (x A^T) B^T) + bias, g = m / |W + s B A|. Its autograd node is in C++."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,6 +13,11 @@ from .norm import norm_and_gain
 
 # Bits of linear_backward's mask, in the order of its results.
 _X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
+
+
+@fake("linear")
+def _(x, weight, lora_A, lora_B, *_constants):
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0]))
 
 
 @fake("linear_forward")
@@ -52,45 +57,6 @@ def once(backward: Callable) -> Callable:
     it has nothing to do."""
     checked = once_differentiable(backward)
     return lambda ctx, grad: (checked if torch.is_grad_enabled() else backward)(ctx, grad)
-
-
-def _forward(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state):
-    """y, h, n, g."""
-    ops = torch.ops.dora_ext
-    if state:
-        inputs = (x, weight, lora_A, lora_B, magnitude, bias)
-        return ops.linear_forward_cached.default(*inputs, scaling, transposed, *state)
-    y, h, *computed = ops.linear_forward.default(
-        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed
-    )
-    return y, h, *(computed if norm is None else (norm, gain))
-
-
-class _DoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state):
-        y, h, norm, gain = _forward(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, state)
-        needs = ctx.needs_input_grad
-        ctx.mask = _X * needs[0] + _A * needs[2] + _B * needs[3] + _MAGNITUDE * needs[4] + _BIAS * needs[5]
-        ctx.scaling, ctx.transposed, ctx.magnitude_dtype = scaling, transposed, magnitude.dtype
-        # The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it. It comes last:
-        # whoever overwrites it in place (ReLU(inplace=True)) makes that one unreadable, and only that one.
-        save(ctx, (x, h, weight, lora_A, lora_B, bias), (norm, gain), y if needs[4] else None)
-        return y
-
-    @staticmethod
-    @once
-    def backward(ctx, grad_y):
-        x, h, weight, lora_A, lora_B, bias, norm, gain, y = saved(ctx)
-        m = like_magnitude(ctx, gain)
-        dx, dA, dB, dm, db = torch.ops.dora_ext.linear_backward.default(
-            grad_y, y, x, h, weight, lora_A, lora_B, m, bias, norm, gain, ctx.scaling, ctx.transposed, ctx.mask
-        )
-        needs = ctx.needs_input_grad
-        return (
-            dx if needs[0] else None, None, dA if needs[2] else None, dB if needs[3] else None,
-            dm if needs[4] else None, db if needs[5] else None, None, None, None, None, None,
-        )  # fmt: skip
 
 
 def save(ctx, inputs: tuple, constants: tuple, y: Tensor | None) -> None:
@@ -186,7 +152,5 @@ def dora_linear(
     state = ()
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])
-    operands = (x, weight.detach(), lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, state)
-    if not torch.is_grad_enabled():  # a third of the host's time is the node's
-        return _forward(*operands)[0]
-    return _DoraLinear.apply(*operands)
+    op = torch.ops.dora_ext.linear.default
+    return op(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, *state)

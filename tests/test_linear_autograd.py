@@ -1,0 +1,137 @@
+"""torch.ops.dora_ext.linear: what its autograd node does beside the gradients, which tests/test_linear.py has."""
+
+import pytest
+import torch
+import torch._dynamo.compiled_autograd
+from torch.autograd import forward_ad
+
+from dora_ext.ops import dora_linear
+from dora_ext.testing import DEVICES, adapter
+
+linear = torch.ops.dora_ext.linear
+NAMES = ["x", "lora_A", "lora_B", "magnitude", "bias"]
+
+
+def problem(device="cpu", dtype=torch.float32, requires_grad=True):
+    t = adapter(24, 40, 8, dtype=dtype, device=device)
+    t["x"] = torch.randn(5, 13, 40, dtype=torch.float64).to(dtype).to(device)
+    order = ["x", "weight", "lora_A", "lora_B", "magnitude", "bias"]
+    return {k: t[k].detach().requires_grad_(requires_grad and k != "weight") for k in order}
+
+
+def gradients(y, t):
+    return dict(zip(NAMES, torch.autograd.grad(y.sum(), [t[n] for n in NAMES], retain_graph=True), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("kept", [False, True])
+def test_opcheck(device, requires_grad, kept):
+    t = problem(device, requires_grad=requires_grad)
+    state = ()
+    if kept:
+        state = (torch.empty(24, device=device), torch.zeros(4, dtype=torch.int64, device=device), 3)
+    # Tracing makes an op that writes into what it is given functional; nobody traces a cache (NormCache.usable).
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    more = () if kept else ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(linear, (*t.values(), None, None, 2.0, False, *state), test_utils=(*tests, *more))
+
+
+def test_a_given_norm_and_gain_get_no_gradient():
+    t = problem()
+    norm, gain = (torch.rand(24, requires_grad=True) for _ in range(2))
+    dora_linear(**t, norm=norm, gain=gain, scaling=2.0).sum().backward()
+    assert t["magnitude"].grad is not None and norm.grad is None and gain.grad is None
+
+
+def test_a_norm_and_gain_of_inference_mode():
+    t = problem()
+    with torch.inference_mode():
+        norm, gain = (torch.rand(24) for _ in range(2))
+    dora_linear(**t, norm=norm, gain=gain, scaling=2.0).relu_().sum().backward()
+    first = t["magnitude"].grad
+    t["magnitude"].grad = None
+    dora_linear(**t, norm=norm.clone(), gain=gain.clone(), scaling=2.0).relu().sum().backward()
+    torch.testing.assert_close(t["magnitude"].grad, first)
+
+
+def test_weight_gets_no_gradient():
+    t = problem()
+    t["weight"].requires_grad_()
+    dora_linear(**t, scaling=2.0).sum().backward()
+    assert t["x"].grad is not None and t["weight"].grad is None
+
+
+def test_no_graph_without_need():
+    assert dora_linear(**problem(requires_grad=False), scaling=2.0).grad_fn is None
+    with torch.no_grad():
+        assert dora_linear(**problem(), scaling=2.0).grad_fn is None
+
+
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitude):
+    """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
+    t, saved = problem(), []
+    t["magnitude"].requires_grad_(magnitude)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        dora_linear(**t, scaling=2.0)
+    x_h_weight_A_B_bias = [(5, 13, 40), (65, 8), (24, 40), (8, 40), (24, 8), (24,)]
+    assert saved == x_h_weight_A_B_bias + [(5, 13, 24)] * magnitude
+
+
+def test_backward_again_needs_retain_graph():
+    t = problem()
+    y = dora_linear(**t, scaling=2.0)
+    first, second = gradients(y, t), gradients(y, t)
+    for name in NAMES:
+        assert torch.equal(first[name], second[name]), name
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+def test_memory_is_free_after_backward():
+    """Nothing of the output's size hangs on the node any more."""
+    t = problem()
+    y = dora_linear(**t, scaling=2.0)
+    storage = torch.multiprocessing.reductions.StorageWeakRef(y.untyped_storage())
+    node = y.grad_fn
+    y.sum().backward()
+    del y
+    assert node is not None and storage.expired()
+
+
+def test_a_second_derivative_is_refused():
+    t = problem()
+    y = dora_linear(**t, scaling=2.0)
+    grad_y = torch.ones_like(y, requires_grad=True)
+    (dx,) = torch.autograd.grad(y, t["x"], grad_y, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    t = problem(requires_grad=False)
+    with forward_ad.dual_level():
+        t["x"] = forward_ad.make_dual(t["x"], torch.ones_like(t["x"]))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            dora_linear(**t, scaling=2.0)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_compiled_autograd(overwritten):
+    """A forward that was not compiled, and a backward that is: the node's constants are not those of the first time."""
+    t = problem()
+
+    def forward():
+        y = dora_linear(**t, scaling=1.5)
+        return y.relu_() if overwritten else y.relu()
+
+    for _ in range(2):
+        with torch.no_grad():
+            t["lora_B"].normal_()
+        expected = gradients(forward(), t)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            results = gradients(forward(), t)
+        for name in NAMES:
+            torch.testing.assert_close(results[name], expected[name])
