@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,14 +224,24 @@ def measure(out: Path, parts: list[str]) -> dict:
     if before.get("digest") != report["digest"]:
         before = {}
     report["pytest"], report["sanitizer"] = before.get("pytest", {}), before.get("sanitizer", {})
-    # Instrumentation keeps the processor busier than the GPU, so all run side by side.
+    # Instrumentation keeps the processor busier than the GPU, so all run side by side. Each is written down when it
+    # ends: where time runs out, --only has those left to do that did not.
     with ThreadPoolExecutor() as pool:
-        suite = pool.submit(run_suite, work) if "pytest" in parts else None
-        tools = {t: pool.submit(run_sanitizer, sanitizer, t, work) for t in TOOLS if t in parts}
-        if suite:
-            report["pytest"] = suite.result()
-        report["sanitizer"].update((tool, result.result()) for tool, result in tools.items())
+        running = {pool.submit(run_sanitizer, sanitizer, t, work): t for t in TOOLS if t in parts}
+        if "pytest" in parts:
+            running[pool.submit(run_suite, work)] = "pytest"
+        for part in as_completed(running):
+            where = report if running[part] == "pytest" else report["sanitizer"]
+            where[running[part]] = part.result()
+            write(report, out)
     return report
+
+
+def write(report: dict, out: Path) -> None:
+    """Whole or not at all, whenever this is cut off."""
+    beside = out.with_name(out.name + ".new")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(out)
 
 
 def main() -> int:
@@ -248,7 +258,7 @@ def main() -> int:
     else:
         report = measure(arguments.out, arguments.only)
     if not arguments.check:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, arguments.out)
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
     found = problems(report, readme, digest())
     print(json.dumps(report, indent=1))

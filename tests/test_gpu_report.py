@@ -1,4 +1,5 @@
 import json
+import time
 from types import SimpleNamespace
 
 import gpu_report
@@ -82,7 +83,9 @@ def test_sanitizer_summaries_are_read(tool, text, errors):
     assert gpu_report.summary(text, tool) == errors
 
 
-def test_parts_measured_alone_keep_the_others_results(monkeypatch, tmp_path):
+@pytest.fixture
+def out(monkeypatch, tmp_path):
+    """Where a report goes, on a machine whose GPU and sanitizer find nothing wrong."""
     import torch
 
     monkeypatch.setattr(gpu_report, "digest", lambda: "abc")
@@ -92,11 +95,13 @@ def test_parts_measured_alone_keep_the_others_results(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_report.subprocess, "run", lambda *_args, **_options: SimpleNamespace(stdout="1.0"))
     monkeypatch.setattr(gpu_report, "run_suite", lambda _work: GOOD["pytest"])
     monkeypatch.setattr(gpu_report, "run_sanitizer", lambda _path, tool, _work: GOOD["sanitizer"][tool])
-    out = tmp_path / "report.json"
+    return tmp_path / "report.json"
 
+
+def test_parts_measured_alone_keep_the_others_results(monkeypatch, out):
     def measured(*parts):
         report = gpu_report.measure(out, list(parts))
-        out.write_text(json.dumps(report))
+        assert json.loads(out.read_text()) == report
         return gpu_report.problems(report, "", "abc")
 
     assert len(measured("pytest")) == len(gpu_report.TOOLS)
@@ -105,6 +110,20 @@ def test_parts_measured_alone_keep_the_others_results(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_report, "digest", lambda: "other sources")
     assert set(gpu_report.measure(out, ["memcheck"])["sanitizer"]) == {"memcheck"}
     assert gpu_report.measure(out, ["memcheck"])["pytest"] == {}
+
+
+def test_a_part_that_has_ended_is_written_down_while_others_run(monkeypatch, out):
+    def cut_off(_path, tool, _work):
+        if tool == "racecheck":
+            while not out.exists() or "memcheck" not in json.loads(out.read_text())["sanitizer"]:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return GOOD["sanitizer"][tool]
+
+    monkeypatch.setattr(gpu_report, "run_sanitizer", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.measure(out, ["memcheck", "racecheck"])
+    assert json.loads(out.read_text())["sanitizer"] == {"memcheck": GOOD["sanitizer"]["memcheck"]}
 
 
 def test_shares_of_a_tool_add_up(monkeypatch, tmp_path):
