@@ -1,18 +1,12 @@
 """DoRA's linear layer: y = g * (x W^T + s (x A^T) B^T) + bias, g = m / |W + s B A|. Its autograd node is in C++."""
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ..norm_cache import NormCache
 from ._registry import accumulate_dtype, autocast_dtype, fake
 from .norm import norm_and_gain
-
-# Bits of linear_backward's mask, in the order of its results.
-_X, _A, _B, _MAGNITUDE, _BIAS = 1, 2, 4, 8, 16
 
 
 @fake("linear")
@@ -28,7 +22,8 @@ def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transpose
     return y, h, computed, torch.empty_like(computed)
 
 
-def _asked_for(mask: int, like: tuple) -> tuple[Tensor, ...]:
+def asked_for(mask: int, like: tuple) -> tuple[Tensor, ...]:
+    """The fake results of a backward op: gradients where `mask` has a bit, else something empty."""
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else like[0].new_empty(0)
         for i, t in enumerate(like)
@@ -43,61 +38,13 @@ def _(x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed, cached, f
 
 @fake("linear_backward")
 def _(grad_y, y, x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, transposed, mask):
-    return _asked_for(mask, (x, lora_A, lora_B, magnitude, bias))
+    return asked_for(mask, (x, lora_A, lora_B, magnitude, bias))
 
 
 @fake("adapter_backward")
 def _(grad, y, h, lora_B, norm, gain, bias, scaling, mask, magnitude_dtype=None):
     magnitude = norm if magnitude_dtype is None else norm.to(magnitude_dtype)
-    return _asked_for(mask, (grad, h, lora_B, magnitude, norm))
-
-
-def once(backward: Callable) -> Callable:
-    """once_differentiable, which costs as much as a small launch, only where a graph of gradients is wanted: elsewhere
-    it has nothing to do."""
-    checked = once_differentiable(backward)
-    return lambda ctx, grad: (checked if torch.is_grad_enabled() else backward)(ctx, grad)
-
-
-def save(ctx, inputs: tuple, constants: tuple, y: Tensor | None) -> None:
-    """What backward needs, for `saved`. `constants` are small, and nobody trains them.
-
-    Under activation checkpointing a saved tensor goes through Python three times (forward, recomputation, backward),
-    which costs the host as much as a small launch. Constants aren't worth it: the node itself holds them.
-    """
-    if torch.compiler.is_compiling():  # whose graphs keep what is saved
-        ctx.save_for_backward(*inputs, *constants, y)
-        ctx.constants = ()
-        return
-    ctx.save_for_backward(*inputs, y)
-    ctx.constants, ctx.versions = constants, (_versions(inputs), _versions(constants))
-
-
-def saved(ctx) -> tuple[Tensor | None, ...]:
-    """(*inputs, *constants, y), with None for y, the output, if it has been overwritten since."""
-    if torch.compiler.is_compiling():
-        *inputs, y = ctx.saved_tensors
-        return (*inputs, *ctx.constants, y)
-    try:
-        *inputs, y = ctx.saved_tensors
-    except RuntimeError:
-        *raw, _ = ctx._raw_saved_tensors
-        inputs = [None if t is None else t.data if t.unpack_hook is None else t.unpack_hook(t.data) for t in raw]
-        if _versions(inputs) != ctx.versions[0]:
-            raise  # an input was overwritten, which nothing can make good
-        y = None
-    if _versions(ctx.constants) != ctx.versions[1]:
-        raise RuntimeError("dora_ext: a norm, gain or scale needed for backward was modified by an inplace operation")
-    return (*inputs, *ctx.constants, y)
-
-
-def like_magnitude(ctx, gain: Tensor) -> Tensor:
-    """In m's place: a backward op asks it for shape and dtype alone, and this way it need not be saved."""
-    return gain if gain.dtype == ctx.magnitude_dtype else torch.empty_like(gain, dtype=ctx.magnitude_dtype)
-
-
-def _versions(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    return [None if t is None or t.is_inference() else t._version for t in tensors]
+    return asked_for(mask, (grad, h, lora_B, magnitude, norm))
 
 
 def add_product(y: Tensor, rest: Tensor, weight_t: Tensor) -> Tensor:

@@ -4,20 +4,22 @@ Each of the two unpacks it once; the norm comes from the packed bytes. Memory fo
 of them runs. NF4 is unpacked inside ops of its own, so that torch.compile's graphs cannot keep the copy either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._load import require
 from ..norm_cache import NormCache
 from ._registry import autocast_dtype, fake, without_autocast
-from .linear import _A, _B, _BIAS, _MAGNITUDE, _X, add_product, like_magnitude, once, save, saved
+from .linear import add_product, asked_for
 from .nf4 import NF4Tensor, dequantize_nf4
 from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
 
-_REST = 32  # the bit after linear_backward's own
+# Bits of linear_nf4_backward's mask, in the order of its results; linear_backward's lacks the last.
+_X, _A, _B, _MAGNITUDE, _BIAS, _REST = 1, 2, 4, 8, 16, 32
 
 
 @fake("linear_nf4_forward")
@@ -30,11 +32,55 @@ def _(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, of
 @fake("linear_nf4_backward")
 def _(grad_y, y, x, h, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
       lora_A, lora_B, magnitude, bias, norm, gain, scaling, mask):  # fmt: skip
-    like = (x, lora_A, lora_B, magnitude, bias, x)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else x.new_empty(0)
-        for i, t in enumerate(like)
-    )
+    return asked_for(mask, (x, lora_A, lora_B, magnitude, bias, x))
+
+
+def _once(backward: Callable) -> Callable:
+    """once_differentiable, which costs as much as a small launch, only where a graph of gradients is wanted: elsewhere
+    it has nothing to do."""
+    checked = once_differentiable(backward)
+    return lambda ctx, grad: (checked if torch.is_grad_enabled() else backward)(ctx, grad)
+
+
+def _save(ctx, inputs: tuple, constants: tuple, y: Tensor | None) -> None:
+    """What backward needs, for `_saved`. `constants` are small, and nobody trains them.
+
+    Under activation checkpointing a saved tensor goes through Python three times (forward, recomputation, backward),
+    which costs the host as much as a small launch. Constants aren't worth it: the node itself holds them.
+    """
+    if torch.compiler.is_compiling():  # whose graphs keep what is saved
+        ctx.save_for_backward(*inputs, *constants, y)
+        ctx.constants = ()
+        return
+    ctx.save_for_backward(*inputs, y)
+    ctx.constants, ctx.versions = constants, (_versions(inputs), _versions(constants))
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    """(*inputs, *constants, y), with None for y, the output, if it has been overwritten since."""
+    if torch.compiler.is_compiling():
+        *inputs, y = ctx.saved_tensors
+        return (*inputs, *ctx.constants, y)
+    try:
+        *inputs, y = ctx.saved_tensors
+    except RuntimeError:
+        *raw, _ = ctx._raw_saved_tensors
+        inputs = [None if t is None else t.data if t.unpack_hook is None else t.unpack_hook(t.data) for t in raw]
+        if _versions(inputs) != ctx.versions[0]:
+            raise  # an input was overwritten, which nothing can make good
+        y = None
+    if _versions(ctx.constants) != ctx.versions[1]:
+        raise RuntimeError("dora_ext: a norm, gain or scale needed for backward was modified by an inplace operation")
+    return (*inputs, *ctx.constants, y)
+
+
+def _like_magnitude(ctx, gain: Tensor) -> Tensor:
+    """In m's place: a backward op asks it for shape and dtype alone, and this way it need not be saved."""
+    return gain if gain.dtype == ctx.magnitude_dtype else torch.empty_like(gain, dtype=ctx.magnitude_dtype)
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 class _DoraLinearPacked(torch.autograd.Function):
@@ -54,14 +100,14 @@ class _DoraLinearPacked(torch.autograd.Function):
         ctx.backward_of, ctx.scaling, ctx.magnitude_dtype = backward, scaling, magnitude.dtype
         packed, scales = stored[:1], stored[1:]
         inputs = (x, h, lora_A, lora_B, bias, *packed)
-        save(ctx, inputs, (*scales, norm, gain), y if needs[6] else None)
+        _save(ctx, inputs, (*scales, norm, gain), y if needs[6] else None)
         return y if rest is None else total
 
     @staticmethod
-    @once
+    @_once
     def backward(ctx, grad_y):
-        x, h, lora_A, lora_B, bias, *stored, norm, gain, y = saved(ctx)
-        m = like_magnitude(ctx, gain)
+        x, h, lora_A, lora_B, bias, *stored, norm, gain, y = _saved(ctx)
+        m = _like_magnitude(ctx, gain)
         grads = ctx.backward_of(grad_y, y, x, h, stored, lora_A, lora_B, m, bias, norm, gain, ctx.scaling, ctx.mask)
         dx, dA, dB, dm, db, grad_rest = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
         return None, None, dx, grad_rest, dA, dB, dm, db, None, None, None, *([None] * len(stored))
