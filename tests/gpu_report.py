@@ -200,6 +200,7 @@ def summary(text: str, tool: str) -> int:
 
 
 def measure(out: Path, parts: list[str]) -> dict:
+    """The report, which is written to `out` too."""
     import torch
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -255,10 +256,9 @@ def main() -> int:
         report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
     elif arguments.untested is not None:
         report = {"untested": arguments.untested, "digest": digest()}
+        write(report, arguments.out)
     else:
         report = measure(arguments.out, arguments.only)
-    if not arguments.check:
-        write(report, arguments.out)
     readme = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
     found = problems(report, readme, digest())
     print(json.dumps(report, indent=1))
