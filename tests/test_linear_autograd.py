@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch._dynamo.compiled_autograd
+from autograd_cases import with_compiled_autograd
 from torch.autograd import forward_ad
 
 from dora_ext.ops import dora_linear
@@ -120,18 +120,12 @@ def test_forward_mode_is_refused():
 
 @pytest.mark.parametrize("overwritten", [False, True])
 def test_compiled_autograd(overwritten):
-    """A forward that was not compiled, and a backward that is: the node's constants are not those of the first time."""
     t = problem()
 
     def forward():
         y = dora_linear(**t, scaling=1.5)
         return y.relu_() if overwritten else y.relu()
 
-    for _ in range(2):
-        with torch.no_grad():
-            t["lora_B"].normal_()
-        expected = gradients(forward(), t)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-            results = gradients(forward(), t)
+    for results, expected in with_compiled_autograd(forward, lambda y: gradients(y, t), t["lora_B"]):
         for name in NAMES:
             torch.testing.assert_close(results[name], expected[name])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch._dynamo.compiled_autograd
+from autograd_cases import with_compiled_autograd
 from nf4_cases import DTYPES, Dequantisations, norm_tolerance
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -209,15 +209,9 @@ def test_saves_no_constants():
 
 
 def test_compiled_autograd():
-    """A forward that was not compiled, and a backward that is: the node's constants are not those of the first time."""
     q, t = problem()
     forward = lambda: dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)  # noqa: E731
-    for _ in range(2):
-        with torch.no_grad():
-            t["lora_B"].normal_()
-        expected = gradients(forward(), t)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-            results = gradients(forward(), t)
+    for results, expected in with_compiled_autograd(forward, lambda y: gradients(y, t), t["lora_B"]):
         for name in NAMES:
             assert torch.equal(results[name], expected[name]), name
 
