@@ -47,7 +47,7 @@ def with_norm_at_hand(layer: nn.Module, x: torch.Tensor) -> Call:
     packed = packed_weight(layer.base_layer)
     norm, gain = norm_and_gain_nf4(packed, *adapter, scaling=s)
     forward = torch.ops.dora_ext.linear_nf4_forward.default
-    return lambda: forward(x, *packed.operands(), *adapter, layer.bias, norm, gain, s, None, None)
+    return lambda: forward(x, *packed.operands(), *adapter, layer.bias, norm, gain, s, None)
 
 
 @torch.no_grad()

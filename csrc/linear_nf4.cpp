@@ -34,19 +34,21 @@ Tensor unpack(const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10
                   to);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
-    const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t blocksize, c10::SymIntArrayRef shape,
-    at::ScalarType dtype, const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
-    const OptionalTensor& offset, int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& magnitude, const OptionalTensor& bias, const Tensor& norm, const Tensor& gain, double scaling,
-    const OptionalTensor& rest, const OptionalTensor& dense) {
+std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                                      int64_t blocksize, c10::SymIntArrayRef shape,
+                                                      at::ScalarType dtype, const OptionalTensor& nested_absmax,
+                                                      const OptionalTensor& nested_code, const OptionalTensor& offset,
+                                                      int64_t nested_blocksize, const Tensor& lora_A,
+                                                      const Tensor& lora_B, const Tensor& magnitude,
+                                                      const OptionalTensor& bias, const Tensor& norm,
+                                                      const Tensor& gain, double scaling, const OptionalTensor& rest) {
   const char* name = "dora_ext::linear_nf4_forward";
   static auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
       const OptionalTensor&, const OptionalTensor&, double, bool)>("dora_ext::linear_forward");
   InsideOp guard;
   check_float(name, "x", x);
-  if (!dense && !rest && shape.size() == 2 && x.dim() > 0) {
+  if (!rest && shape.size() == 2 && x.dim() > 0) {
     const Tensor tokens = as_tokens(x);
     if (decode_nf4_fits(tokens, packed, blocksize, C10_AS_INTARRAYREF_SLOW(shape), dtype)) {
       static auto decode = find_op<std::tuple<Tensor, Tensor>(
@@ -60,9 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_forward(
       return {y.view(sizes), h, at::empty({0}, y.options())};
     }
   }
-  const Tensor W = dense ? *dense
-                         : unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset,
-                                  nested_blocksize, x.scalar_type());
+  const Tensor W = unpack(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+                          x.scalar_type());
   const auto [y, h, n, g] = op.call(x, W, lora_A, lora_B, magnitude, bias, norm, gain, scaling, false);
   if (!rest) return {y, h, at::empty({0}, y.options())};
   check_shape(name, "rest", *rest, x.sizes());

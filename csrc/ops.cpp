@@ -183,13 +183,19 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
       " Tensor magnitude, float scaling, Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0)"
       " -> (Tensor norm, Tensor gain)");
-  // linear over W (out, in) packed in NF4, cast to x's dtype: unpacked inside, so that no graph can keep it. rest, of
-  // x's shape, goes through W alone (what dropout took away): total = y + rest W^T, empty without it. dense: W in x's
-  // dtype, where it had to be made before.
+  // linear over W (out, in) packed in NF4, cast to x's dtype, and differentiable: between forward and backward W stays
+  // packed. The norms come through the cache, as norm_nf4_cached has it, where `cached` and `fingerprint` are given.
+  // rest, of x's shape, goes through W alone (what dropout took away): y + rest W^T.
+  m.def(
+      "linear_nf4(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
+      " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
+      " Tensor magnitude, Tensor? bias, float scaling, Tensor? rest=None, Tensor(a!)? cached=None,"
+      " Tensor(b!)? fingerprint=None, int epoch=0) -> Tensor");
+  // Its parts. W is unpacked inside, so that no graph can keep it. total = y + rest W^T, empty without rest.
   m.def(
       "linear_nf4_forward(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
-      " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, Tensor? rest, Tensor? dense)"
+      " Tensor magnitude, Tensor? bias, Tensor norm, Tensor gain, float scaling, Tensor? rest)"
       " -> (Tensor y, Tensor h, Tensor total)");
   // mask as in linear_backward, and bit 5 rest.
   m.def(
@@ -203,7 +209,7 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");
 }
 
-// Gradients are made outside these ops, in linear_autograd.cpp and in Python; n and g have none (DoRA, section 4.3).
+// Gradients are made outside these ops, in the *_autograd.cpp and in Python; n and g have none (DoRA, section 4.3).
 // Said here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
 TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
   for (const char* op :

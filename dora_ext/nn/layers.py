@@ -16,7 +16,6 @@ from ..distributed import gathered
 from ..norm_cache import NormCache
 from ..ops import dora_delta, norm_and_gain, norm_and_gain_nf4, weight_norm
 from ..ops._registry import accumulate_dtype, autocast_dtype, without_autocast
-from ..ops.norm_nf4 import has_norm_nf4
 from .base_weight import FLOAT_DTYPES, dense_weight, packed_weight
 from .conv import convolve, delta_weight, dense_kernel
 from .factors import are_plain, matrix_of
@@ -132,16 +131,14 @@ class DoraLinearLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """W, dense, and n (out,). `factors` gives A and B, where they are needed. norm_only: W may be None."""
         packed = None if self.fan_in_fan_out or not is_number(scaling) else packed_weight(base_layer)
-        unpack = packed is None or not norm_only or not has_norm_nf4(packed.packed.device)
-        weight = dense_weight(base_layer) if unpack else None
+        weight = dense_weight(base_layer) if packed is None or not norm_only else None
 
         def compute() -> Tensor:
             with torch.no_grad():
                 A, B = factors()
                 if packed is not None:
                     m = self.weight.to(packed.packed.device)
-                    cache = self.norm_cache
-                    return norm_and_gain_nf4(packed, A, B, m, scaling=scaling, cache=cache, dense=weight)[0]
+                    return norm_and_gain_nf4(packed, A, B, m, scaling=scaling, cache=self.norm_cache)[0]
                 if not is_number(scaling) or weight.dtype not in FLOAT_DTYPES:
                     return self._plain_norm(weight, A, B, scaling)
                 cache = self.norm_cache if weight is base_layer.weight else None

@@ -1,11 +1,11 @@
-"""DoRA's linear layer over a packed weight, as one autograd node: between forward and backward it stays packed.
+"""DoRA's linear layer over a packed weight: between forward and backward it stays packed.
 
-Each of the two unpacks it once; the norm comes from the packed bytes. Memory for one dense weight is needed while one
-of them runs. NF4 is unpacked inside ops of its own, so that torch.compile's graphs cannot keep the copy either.
+Each of the two unpacks it once. Memory for one dense weight is needed while one of them runs. NF4 is unpacked inside
+ops of its own, so that torch.compile's graphs cannot keep the copy either; its autograd node is in C++, and its norm
+comes from the packed bytes. Other formats are whatever their Python makes of them, and have a node in Python.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,16 +15,22 @@ from .._load import require
 from ..norm_cache import NormCache
 from ._registry import autocast_dtype, fake, without_autocast
 from .linear import add_product, asked_for
-from .nf4 import NF4Tensor, dequantize_nf4
-from .norm_nf4 import has_norm_nf4, norm_and_gain_nf4
+from .nf4 import NF4Tensor
+from .norm_nf4 import kept_norms
 
 # Bits of linear_nf4_backward's mask, in the order of its results; linear_backward's lacks the last.
 _X, _A, _B, _MAGNITUDE, _BIAS, _REST = 1, 2, 4, 8, 16, 32
 
 
+@fake("linear_nf4")
+def _(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
+      lora_A, lora_B, *_others):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0]))
+
+
 @fake("linear_nf4_forward")
 def _(x, packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offset, nested_blocksize,
-      lora_A, lora_B, magnitude, bias, norm, gain, scaling, rest, dense):  # fmt: skip
+      lora_A, lora_B, magnitude, bias, norm, gain, scaling, rest):  # fmt: skip
     y = x.new_empty((*x.shape[:-1], lora_B.shape[0]))
     return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0])), x.new_empty(0 if rest is None else y.shape)
 
@@ -83,55 +89,38 @@ def _versions(tensors: Iterable[Tensor | None]) -> list[int | None]:
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
-class _DoraLinearPacked(torch.autograd.Function):
-    """y = g * (x W^T + s h B^T) + bias + rest W^T over what W is packed in, `stored`: its bytes and their scales, or
-    nothing. `rest` may be None.
-
-    forward(x, rest, stored, A, B, m, bias, norm, gain, s) gives y without rest, h and y. backward(grad_y, y, x, h,
-    stored, A, B, m, bias, norm, gain, s, mask) gives the gradients of x, A, B, m, bias and rest.
-    """
+class _DoraLinearUnpacked(torch.autograd.Function):
+    """y = g * (x W^T + s h B^T) + bias + rest W^T; `unpack()` makes the dense W again in backward."""
 
     @staticmethod
-    def forward(ctx, forward, backward, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, scaling, *stored):
-        y, h, total = forward(x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling)
+    def forward(ctx, dense, unpack, product, x, rest, lora_A, lora_B, magnitude, bias, norm, gain, scaling):
+        if product is None:
+            op = torch.ops.dora_ext.linear_forward.default
+            y, h, *_ = op(x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False)
+        else:
+            y, h = product(x), x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).T
+            # g * (x W^T + bias) + (1 - g) * bias
+            remaining = None if bias is None else (1 - gain) * bias
+            op = torch.ops.dora_ext.compose_.default
+            op(y.view(-1, y.shape[-1]), h, lora_B, gain, remaining, scaling, False, False)
         needs = ctx.needs_input_grad
-        ctx.mask = _X * needs[2] + _A * needs[4] + _B * needs[5] + _MAGNITUDE * needs[6] + _BIAS * needs[7]
-        ctx.mask += _REST * needs[3]
-        ctx.backward_of, ctx.scaling, ctx.magnitude_dtype = backward, scaling, magnitude.dtype
-        packed, scales = stored[:1], stored[1:]
-        inputs = (x, h, lora_A, lora_B, bias, *packed)
-        _save(ctx, inputs, (*scales, norm, gain), y if needs[6] else None)
-        return y if rest is None else total
+        ctx.mask = _X * needs[3] + _A * needs[5] + _B * needs[6] + _MAGNITUDE * needs[7] + _BIAS * needs[8]
+        ctx.mask += _REST * needs[4]
+        ctx.unpack, ctx.scaling, ctx.magnitude_dtype = unpack, scaling, magnitude.dtype
+        _save(ctx, (x, h, lora_A, lora_B, bias), (norm, gain), y if needs[7] else None)
+        return y if rest is None else add_product(y, rest, dense.T)
 
     @staticmethod
     @_once
     def backward(ctx, grad_y):
-        x, h, lora_A, lora_B, bias, *stored, norm, gain, y = _saved(ctx)
-        m = _like_magnitude(ctx, gain)
-        grads = ctx.backward_of(grad_y, y, x, h, stored, lora_A, lora_B, m, bias, norm, gain, ctx.scaling, ctx.mask)
-        dx, dA, dB, dm, db, grad_rest = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
-        return None, None, dx, grad_rest, dA, dB, dm, db, None, None, None, *([None] * len(stored))
-
-
-def _forward_unpacked(dense, product, x, rest, stored, lora_A, lora_B, magnitude, bias, norm, gain, scaling):
-    if product is None:
-        op = torch.ops.dora_ext.linear_forward.default
-        y, h, *_ = op(x, dense, lora_A, lora_B, magnitude, bias, norm, gain, scaling, False)
-    else:
-        y, h = product(x), x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).T
-        # g * (x W^T + bias) + (1 - g) * bias
-        remaining = None if bias is None else (1 - gain) * bias
-        op = torch.ops.dora_ext.compose_.default
-        op(y.view(-1, y.shape[-1]), h, lora_B, gain, remaining, scaling, False, False)
-    return y, h, None if rest is None else add_product(y, rest, dense.T)
-
-
-def _backward_unpacked(unpack, grad_y, y, x, h, stored, A, B, m, bias, norm, gain, scaling, mask):
-    dense = unpack()
-    op = torch.ops.dora_ext.linear_backward.default
-    grads = op(grad_y, y, x, h, dense, A, B, m, bias, norm, gain, scaling, False, mask & ~_REST)
-    with without_autocast(grad_y.device):
-        return *grads, grad_y.to(dense.dtype) @ dense if mask & _REST else None
+        x, h, A, B, bias, norm, gain, y = _saved(ctx)
+        m, mask, dense = _like_magnitude(ctx, gain), ctx.mask, ctx.unpack()
+        op = torch.ops.dora_ext.linear_backward.default
+        grads = op(grad_y, y, x, h, dense, A, B, m, bias, norm, gain, ctx.scaling, False, mask & ~_REST)
+        dx, dA, dB, dm, db = (g if mask >> i & 1 else None for i, g in enumerate(grads))
+        with without_autocast(grad_y.device):
+            grad_rest = grad_y.to(dense.dtype) @ dense if mask & _REST else None
+        return None, None, None, dx, grad_rest, dA, dB, dm, db, None, None, None
 
 
 def linear_unpacked(
@@ -143,9 +132,8 @@ def linear_unpacked(
     again in backward. adapter = (A, B, m). product(x) = x W^T + bias (..., out), a new tensor, where the packed
     format's own product is to be used."""
     require()
-    run = partial(_forward_unpacked, dense, product), partial(_backward_unpacked, unpack)
     with without_autocast(x.device):  # the caller has chosen the dtype
-        return _DoraLinearPacked.apply(*run, x, rest, *adapter, bias, norm, gain, float(scaling))
+        return _DoraLinearUnpacked.apply(dense, unpack, product, x, rest, *adapter, bias, norm, gain, float(scaling))
 
 
 def dora_linear_nf4(
@@ -189,33 +177,7 @@ def linear_packed(
     cache: NormCache | None, rest: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """dora_linear_nf4 in x's dtype, whatever autocast says: its ops don't ask it. adapter = (A, B, m)."""
-    dense = values = None
-    if not has_norm_nf4(weight.packed.device):
-        values = dequantize_nf4(weight)
-        dense = values.to(x.dtype)
-    norm, gain = norm_and_gain_nf4(weight, *adapter, scaling=scaling, cache=cache, dense=values)
-    stored = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
-    layout = (weight.blocksize, weight.shape, weight.dtype, weight.nested_blocksize)
-    operands = (*adapter, bias, norm, gain, float(scaling))
-    if not torch.is_grad_enabled():  # as in dora_linear
-        y, _, total = _forward_nf4(layout, dense, x, rest, stored, *operands)
-        return y if rest is None else total
-    run = partial(_forward_nf4, layout, dense), partial(_backward_nf4, layout)
-    return _DoraLinearPacked.apply(*run, x, rest, *operands, *stored)
-
-
-def _operands(layout: tuple, stored: tuple) -> tuple:
-    """NF4Tensor.operands of its parts."""
-    blocksize, shape, dtype, nested_blocksize = layout
-    packed, absmax, *nested = stored
-    return packed, absmax, blocksize, shape, dtype, *nested, nested_blocksize
-
-
-def _forward_nf4(layout, dense, x, rest, stored, *others):
-    op = torch.ops.dora_ext.linear_nf4_forward.default
-    return op(x, *_operands(layout, stored), *others, rest, dense)
-
-
-def _backward_nf4(layout, grad_y, y, x, h, stored, *others):
-    op = torch.ops.dora_ext.linear_nf4_backward.default
-    return op(grad_y, y, x, h, *_operands(layout, stored), *others)
+    require()
+    state = kept_norms(weight, *adapter[:2], scaling, cache)
+    op = torch.ops.dora_ext.linear_nf4.default
+    return op(x, *weight.operands(), *adapter, bias, float(scaling), rest, *state)

@@ -3,21 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._load import require, when_loaded
+from .._load import require
 from ..norm_cache import NormCache
 from ._registry import fake
-from .nf4 import NF4Tensor, dequantize_nf4
-
-_DEVICES = {"meta"}  # whose backends have the op
-
-
-def _find_devices() -> None:
-    for name in ("CPU", "CUDA"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key("dora_ext::norm_nf4", name):
-            _DEVICES.add(name.lower())
-
-
-when_loaded(_find_devices)
+from .nf4 import NF4Tensor
 
 
 @fake("norm_nf4")
@@ -33,16 +22,10 @@ def _(packed, absmax, blocksize, shape, dtype, nested_absmax, nested_code, offse
     return torch.empty_like(cached), torch.empty_like(cached)
 
 
-def has_norm_nf4(device: torch.device) -> bool:
-    """Whether `device` has the kernel; without it the norm takes a dense copy of the weight."""
-    return device.type in _DEVICES
-
-
 def weight_norm_nf4(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
     """The norm of each output feature of W + s B A (DoRA, arXiv 2402.09353, equation 5) for a W packed in NF4.
 
-    W's values are those of dequantize_nf4(q). On the CPU no more than a few rows of them exist at a time. A device that
-    has no kernel for this yet (CUDA) dequantises W and takes the dense norm: the same result, a weight more memory.
+    W's values are those of dequantize_nf4(q). No more than a few rows of them exist at a time.
 
     Args:
         q: W (out, in). lora_A: (r, in). lora_B: (out, r). scaling: s, a finite number.
@@ -64,27 +47,25 @@ def norm_and_gain_nf4(
     *,
     scaling: float,
     cache: NormCache | None = None,
-    dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n (out,) as `weight_norm_nf4`, and g = magnitude / n, 0 where n = 0. Neither carries a gradient.
 
     `cache` reuses n while the packed bytes, the scales, A and B are the same tensors at the same versions, no optimizer
     has stepped, and a fingerprint of all of A, B and the scales and of a sample of the packed bytes has not moved.
     What it cannot see: single packed bytes written past torch under unchanged scales (`invalidate_norms` is for that).
-
-    dense: dequantize_nf4(q), if it is at hand, for devices without a kernel.
     """
     require()
     # Not under no_grad, as in norm_and_gain.
     magnitude = magnitude if magnitude.dim() == 1 else magnitude.flatten()
-    state = ()
-    if cache is not None:
-        scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
-        constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
-        state = cache.state((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0])
-    if has_norm_nf4(q.packed.device):
-        op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
-        return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
-    dense = dequantize_nf4(q) if dense is None else dense
-    op = torch.ops.dora_ext.norm_cached if state else torch.ops.dora_ext.norm
-    return op.default(dense, lora_A, lora_B, magnitude, scaling, False, *state)
+    state = kept_norms(q, lora_A, lora_B, scaling, cache)
+    op = torch.ops.dora_ext.norm_nf4_cached if state else torch.ops.dora_ext.norm_nf4
+    return op.default(*q.operands(), lora_A, lora_B, magnitude, scaling, *state)
+
+
+def kept_norms(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, cache: NormCache | None) -> tuple:
+    """(cached, fingerprint, epoch) for an op that takes them; () without a cache, and where nothing can be kept."""
+    if cache is None:
+        return ()
+    scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
+    constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
+    return cache.state((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0])

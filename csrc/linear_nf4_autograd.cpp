@@ -1,0 +1,142 @@
+// dora_ext::linear_nf4: the linear layer over a W packed in NF4, with its place in autograd's graph. Between forward
+// and backward W stays packed.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "autograd_node.h"
+#include "check.h"
+#include "inside_op.h"
+
+namespace dora_ext {
+namespace {
+
+// W (out, in), and what else gets no gradient.
+struct Constants {
+  const Tensor &packed, &absmax;
+  int64_t blocksize;
+  c10::SymIntArrayRef shape;
+  at::ScalarType dtype;
+  const OptionalTensor &nested_absmax, &nested_code, &offset;
+  int64_t nested_blocksize;
+  double scaling;
+  const OptionalTensor &cached, &fingerprint;
+  int64_t epoch;
+};
+
+std::tuple<Tensor, Tensor> norm_and_gain(const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                                         const Constants& c) {
+  if (c.cached) {
+    static auto op = find_op<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
+        const OptionalTensor&, const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&, double,
+        Tensor&, Tensor&, int64_t)>("dora_ext::norm_nf4_cached");
+    Tensor cached = *c.cached, fingerprint = *c.fingerprint;
+    return op.call(c.packed, c.absmax, c.blocksize, c.shape, c.dtype, c.nested_absmax, c.nested_code, c.offset,
+                   c.nested_blocksize, lora_A, lora_B, magnitude, c.scaling, cached, fingerprint, c.epoch);
+  }
+  static auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType,
+                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+                                         const Tensor&, const Tensor&, const Tensor&, double)>("dora_ext::norm_nf4");
+  return op.call(c.packed, c.absmax, c.blocksize, c.shape, c.dtype, c.nested_absmax, c.nested_code, c.offset,
+                 c.nested_blocksize, lora_A, lora_B, magnitude, c.scaling);
+}
+
+struct Results {
+  Tensor total, y, h, norm, gain;  // total = y + rest W^T
+};
+
+Results forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                const OptionalTensor& bias, const OptionalTensor& rest, const Constants& c) {
+  InsideOp guard;
+  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&,
+      const OptionalTensor&, const Tensor&, const Tensor&, double, const OptionalTensor&)>(
+      "dora_ext::linear_nf4_forward");
+  const auto [norm, gain] = norm_and_gain(lora_A, lora_B, magnitude, c);
+  const auto [y, h, total] =
+      op.call(x, c.packed, c.absmax, c.blocksize, c.shape, c.dtype, c.nested_absmax, c.nested_code, c.offset,
+              c.nested_blocksize, lora_A, lora_B, magnitude, bias, norm, gain, c.scaling, rest);
+  return {rest ? total : y, y, h, norm, gain};
+}
+
+struct DoraLinearNf4 : Function<DoraLinearNf4> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                        const Tensor& magnitude, const OptionalTensor& bias, const OptionalTensor& rest,
+                        const Constants& c) {
+    const Results results = dora_ext::forward(x, lora_A, lora_B, magnitude, bias, rest, c);
+    Tensor output;
+    if (magnitude.requires_grad()) output = rest ? results.y : saved_output(context, results.y);
+    context->save_for_backward({x, results.h, c.packed, lora_A, lora_B, bias.value_or(Tensor()), output});
+    const Tensor none;
+    keep_constants(context, {results.norm, results.gain, c.absmax, c.nested_absmax.value_or(none),
+                             c.nested_code.value_or(none), c.offset.value_or(none)});
+    auto& kept = context->saved_data;
+    kept["blocksize"] = c.blocksize;
+    kept["dtype"] = static_cast<int64_t>(c.dtype);
+    kept["nested_blocksize"] = c.nested_blocksize;
+    kept["scaling"] = c.scaling;
+    kept["rest"] = rest.has_value();
+    kept["magnitude_dtype"] = static_cast<int64_t>(magnitude.scalar_type());
+    return results.total;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list results(7);
+    if (!grads[0].defined()) return results;
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &h = saved[1], &packed = saved[2], &lora_A = saved[3], &lora_B = saved[4];
+    const Tensor norm = kept_constant(context, 0), gain = kept_constant(context, 1);
+    auto& kept = context->saved_data;
+    const bool rest = kept["rest"].toBool();
+    const int64_t mask = asked_gradients(context, {true, true, true, true, saved[5].defined(), rest});
+    const c10::SymInt shape[] = {lora_B.sym_size(0), lora_A.sym_size(1)};
+    static auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+        c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+        int64_t, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+        double, int64_t)>("dora_ext::linear_nf4_backward");
+    {
+      InsideOp guard;
+      std::tie(results[0], results[1], results[2], results[3], results[4], results[5]) = op.call(
+          grads[0], rest ? if_defined(saved[6]) : unchanged_output(context, saved[6]), x, h, packed,
+          kept_constant(context, 2), kept["blocksize"].toInt(), shape,
+          static_cast<at::ScalarType>(kept["dtype"].toInt()), if_defined(kept_constant(context, 3)),
+          if_defined(kept_constant(context, 4)), if_defined(kept_constant(context, 5)),
+          kept["nested_blocksize"].toInt(), lora_A, lora_B, like_magnitude(gain, kept["magnitude_dtype"].toInt()),
+          if_defined(saved[5]), norm, gain, kept["scaling"].toDouble(), mask);
+    }
+    finish_gradients(results, mask, grads[0]);
+    return results;
+  }
+};
+
+Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, int64_t blocksize,
+                  c10::SymIntArrayRef shape, at::ScalarType dtype, const OptionalTensor& nested_absmax,
+                  const OptionalTensor& nested_code, const OptionalTensor& offset, int64_t nested_blocksize,
+                  const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias,
+                  double scaling, const OptionalTensor& rest, const OptionalTensor& cached,
+                  const OptionalTensor& fingerprint, int64_t epoch) {
+  const Constants constants{packed, absmax,           blocksize, shape,  dtype,       nested_absmax, nested_code,
+                            offset, nested_blocksize, scaling,   cached, fingerprint, epoch};
+  const Tensor none;
+  const bool recorded =
+      is_recorded("dora_ext::linear_nf4", {x, lora_A, lora_B, magnitude, bias.value_or(none), rest.value_or(none)});
+  if (recorded) return DoraLinearNf4::apply(x, lora_A, lora_B, magnitude, bias, rest, constants);
+  return forward(x, lora_A, lora_B, magnitude, bias, rest, constants).total;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
+  m.impl("linear_nf4", linear_nf4);
+}
+// Of tensors that no graph is ever made of: those of inference mode.
+TORCH_LIBRARY_IMPL(dora_ext, CompositeExplicitAutograd, m) {
+  m.impl("linear_nf4", linear_nf4);
+}
+
+}  // namespace dora_ext
