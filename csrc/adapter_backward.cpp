@@ -37,11 +37,13 @@ bool adapter_backward_in_one_pass(const Tensor& grad, const OptionalTensor& y, c
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                        const Tensor& gain, const OptionalTensor& bias,
-                                                       bool saved_is_output, bool want_G) {
+                                                       bool saved_is_output, bool want_G,
+                                                       std::optional<at::ScalarType> magnitude_dtype) {
   static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool)>(
-      "dora_ext::compose_backward");
-  return op.call(grad, saved, norm, gain, bias, saved_is_output, /*delta=*/false, /*channels_first=*/false, want_G);
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool,
+      std::optional<at::ScalarType>)>("dora_ext::compose_backward");
+  return op.call(grad, saved, norm, gain, bias, saved_is_output, /*delta=*/false, /*channels_first=*/false, want_G,
+                 magnitude_dtype);
 }
 
 AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,
@@ -51,12 +53,12 @@ AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTen
   InsideOp guard;
   // One for each: results must not share memory.
   const auto none = [&] { return at::empty({0}, grad.options()); };
-  const auto [G, grad_m, grad_b] = compose_backward_op(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt,
-                                                       y.has_value(), mask & (kWantG | kWantP | kWantB));
+  const auto [G, grad_m, grad_b] =
+      compose_backward_op(grad, y ? *y : grad, norm, gain, y ? bias : std::nullopt, y.has_value(),
+                          mask & (kWantG | kWantP | kWantB), magnitude_dtype);
   return {mask & kWantG ? G : none(),
           mask & kWantP ? product_with_narrow(G, in_dtype(lora_B, grad.scalar_type()), scaling) : none(),
-          mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(),
-          mask & kWantMagnitude ? in_dtype(grad_m, magnitude_dtype.value_or(grad_m.scalar_type())) : none(),
+          mask & kWantB ? grad_of_B(lora_B, G, h, scaling) : none(), mask & kWantMagnitude ? grad_m : none(),
           mask & kWantBias ? grad_b : none()};
 }
 

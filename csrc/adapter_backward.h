@@ -33,7 +33,8 @@ bool adapter_backward_in_one_pass(const Tensor& grad, const OptionalTensor& y, c
 // compose_backward with the features last, through the dispatcher: G, grad_magnitude, grad_bias.
 std::tuple<Tensor, Tensor, Tensor> compose_backward_op(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                        const Tensor& gain, const OptionalTensor& bias,
-                                                       bool saved_is_output, bool want_G);
+                                                       bool saved_is_output, bool want_G,
+                                                       std::optional<at::ScalarType> magnitude_dtype);
 
 // Of library products and compose_backward, on every backend.
 AdapterGradients adapter_backward_composed(const Tensor& grad, const OptionalTensor& y, const Tensor& h,

@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     W = weight;
     // u once more; E = dY^T h is the adapter's part of it.
     const Tensor base = product(tokens, transposed ? weight : weight.t());
-    std::tie(G, grad_m, grad_b) =
-        compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false, /*want_G=*/true);
+    std::tie(G, grad_m, grad_b) = compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false,
+                                                      /*want_G=*/true, std::nullopt);
     const Tensor E = product_for(n, grad.t(), h);
     grad_m.add_(E.mul(lora_B).sum(1).mul_(scaling).div_(n).masked_fill_(n.eq(0), 0));
     if (want_x || want_A) P = product_with_narrow(G, in_dtype(lora_B, dtype), scaling);

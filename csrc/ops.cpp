@@ -85,11 +85,11 @@ TORCH_LIBRARY(dora_ext, m) {
   //                    that y has lost bits of u, the entry is left 0 and magnitude_grad_recover_ fills it in
   //   otherwise        saved = base (bias is taken off it):  grad_magnitude = sum grad * (saved - bias) / n, the part
   //                    without the adapter's s h B^T
-  // n = 0 gives 0. grad_magnitude and grad_bias are norm's dtype. Without want_G, G is empty. Sums over tokens are
-  // two-stage: same bits each time.
+  // n = 0 gives 0. grad_magnitude and grad_bias are norm's dtype, or grad_magnitude magnitude_dtype. Without want_G, G
+  // is empty. Sums over tokens are two-stage: same bits each time.
   m.def(
       "compose_backward(Tensor grad, Tensor saved, Tensor norm, Tensor gain, Tensor? bias, bool saved_is_output,"
-      " bool delta=False, bool channels_first=False, bool want_G=True)"
+      " bool delta=False, bool channels_first=False, bool want_G=True, ScalarType? magnitude_dtype=None)"
       " -> (Tensor G, Tensor grad_magnitude, Tensor grad_bias)");
   // Fills grad_magnitude (out,) where n > 0 and |g| < 1/16 from the products themselves. grad_y (tokens, out), x
   // (tokens, in). beside: the launch before this one made neither norm nor gain, so that this one need not wait for it.

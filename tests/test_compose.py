@@ -231,6 +231,19 @@ def test_sums_without_the_scaled_gradient_are_the_same(device, dtype, channels_f
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_magnitudes_gradient_in_a_dtype_of_its_own(device, dtype, wanted):
+    grad, saved = (randn(40, 24, dtype=dtype, device=device) for _ in range(2))
+    gain, bias = features(24, dtype, device, True)
+    args = (grad, saved, gain.abs() + 0.5, gain, bias, True, False, False, False)
+    _, expected, db = torch.ops.dora_ext.compose_backward(*args)
+    _, dm, db_again = torch.ops.dora_ext.compose_backward(*args, magnitude_dtype=wanted)
+    assert dm.dtype == wanted and torch.equal(dm, expected.to(wanted)) and torch.equal(db, db_again)
+    torch.library.opcheck(torch.ops.dora_ext.compose_backward.default, (*args, wanted))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_empty_batches(device, channels_first):
     shape, h_shape = ((0, 6, 4), (0, 2, 4)) if channels_first else ((4, 0, 6), (4, 0, 2))

@@ -109,12 +109,12 @@ void compose_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                     const Tensor& gain, const OptionalTensor& bias,
-                                                    bool saved_is_output, bool delta, bool channels_first,
-                                                    bool want_G) {
+                                                    bool saved_is_output, bool delta, bool channels_first, bool want_G,
+                                                    std::optional<at::ScalarType> magnitude_dtype) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
   if (stored_features_last(grad, channels_first)) {
     auto [G, dm, db] = compose_backward(grad.movedim(1, -1), saved.movedim(1, -1), norm, gain, bias, saved_is_output,
-                                        delta, false, want_G);
+                                        delta, false, want_G, magnitude_dtype);
     return {want_G ? G.movedim(-1, 1) : G, dm, db};
   }
   // Fixed blocks of rows, so that bits do not depend on threads; no more than kMostBlocks partial sums.
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward(const Tensor& grad, const Te
       mg[j] = drop ? 0 : static_cast<Acc>(sum / divisor);
     });
   });
-  return {G, dm, db};
+  return {G, magnitude_dtype ? dm.to(*magnitude_dtype) : dm, db};
 }
 
 // Output features whose gain is too small, without being there for nothing (n > 0).

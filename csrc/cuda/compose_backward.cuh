@@ -265,15 +265,14 @@ void launch_compose_backward_channels_first(const ComposeBackwardProblem<T>& p, 
   kernel<<<static_cast<unsigned>(plan.blocks), 256, 0, stream>>>(p, plan);
 }
 
-// norm, gain, grad_magnitude, grad_bias (out,)
+// norm, gain, grad_magnitude, grad_bias (out,); grad_bias may be null
 template <typename Acc>
 void launch_compose_backward_finish(const Acc* partials, int64_t splits, int64_t out, const Acc* norm, const Acc* gain,
-                                    bool saved_is_output, Acc factor, Acc* grad_magnitude, Acc* grad_bias,
+                                    bool saved_is_output, Acc factor, FeatureResult grad_magnitude, Acc* grad_bias,
                                     cudaStream_t stream) {
   if (out == 0) return;
-  constexpr Dtype kDtype = std::is_same_v<Acc, double> ? Dtype::kDouble : Dtype::kFloat;
-  const ComposeBackwardFinish<Acc> finish{
-      partials, splits, out, norm, gain, saved_is_output, factor, {grad_magnitude, kDtype}, grad_bias};
+  const ComposeBackwardFinish<Acc> finish{partials, splits,         out,      norm, gain, saved_is_output,
+                                          factor,   grad_magnitude, grad_bias};
   const auto blocks = ceil_div<int64_t>(out, ComposeBackwardFinish<Acc>::kFeatures);
   compose_backward_finish_kernel<Acc><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(finish);
 }

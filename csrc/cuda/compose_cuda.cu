@@ -3,6 +3,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "../aligned.h"
 #include "../check.h"
 #include "compose.cuh"
 #include "compose_backward.cuh"
@@ -52,8 +53,8 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 void run_compose(const Layout& layout, const Tensor& base, const Tensor& result, const Tensor& h, const Tensor& lora_B,
                  const Tensor& gain, const OptionalTensor& bias, double scaling, bool delta) {
   const auto dtype = base.scalar_type();
-  const Tensor h_ = layout.arrange(h), B = lora_B.to(dtype).contiguous();
-  const Tensor g = gain.to(accumulate_type(dtype)).contiguous();
+  const Tensor h_ = layout.arrange(h), B = in_dtype(lora_B, dtype).contiguous();
+  const Tensor g = in_dtype(gain, accumulate_type(dtype)).contiguous();
   const OptionalTensor b = contiguous(bias);
   const int64_t out = B.size(0);
   switch_dtype(dtype, [&](auto tag) {
@@ -107,7 +108,7 @@ void compose_cuda_(Tensor& base, const Tensor& h, const Tensor& lora_B, const Te
 std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, const Tensor& saved, const Tensor& norm,
                                                          const Tensor& gain, const OptionalTensor& bias,
                                                          bool saved_is_output, bool delta, bool channels_first,
-                                                         bool want_G) {
+                                                         bool want_G, std::optional<at::ScalarType> magnitude_dtype) {
   check_compose_backward(grad, saved, norm, gain, bias, channels_first);
   const c10::cuda::CUDAGuard guard(grad.device());
   const Layout layout(saved, channels_first);
@@ -115,10 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
   const Tensor G = want_G ? at::empty_like(v) : at::empty({0}, v.options());
   const auto accumulate = accumulate_type(grad.scalar_type());
   const auto options = norm.options().dtype(accumulate);
-  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
+  const Tensor n = in_dtype(norm, accumulate).contiguous(), g = in_dtype(gain, accumulate).contiguous();
   const OptionalTensor b = contiguous(bias);
   const int64_t out = norm.size(0);
-  const Tensor grad_magnitude = at::empty({out}, options), grad_bias = at::empty({out}, options);
+  const Tensor grad_magnitude = at::empty({out}, options.dtype(magnitude_dtype.value_or(norm.scalar_type())));
+  const Tensor grad_bias = at::empty({out}, options);
   const cudaStream_t stream = current_stream();
   switch_dtype(grad.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -146,12 +148,11 @@ std::tuple<Tensor, Tensor, Tensor> compose_backward_cuda(const Tensor& grad, con
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     launch_compose_backward_finish<Acc>(p.partials, plan.splits, out, data<Acc>(n), data<Acc>(g), saved_is_output,
-                                        /*factor=*/1, mutable_data<Acc>(grad_magnitude), mutable_data<Acc>(grad_bias),
+                                        /*factor=*/1, feature_result(grad_magnitude), mutable_data<Acc>(grad_bias),
                                         stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {want_G ? layout.restore(G, saved) : G, grad_magnitude.to(norm.scalar_type()),
-          grad_bias.to(norm.scalar_type())};
+  return {want_G ? layout.restore(G, saved) : G, grad_magnitude, in_dtype(grad_bias, norm.scalar_type())};
 }
 
 }  // namespace

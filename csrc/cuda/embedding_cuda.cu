@@ -113,7 +113,7 @@ ScaledGradient scale_gradient(const Tensor& grad, const Tensor& weight, const Te
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     launch_compose_backward_finish<Acc>(p.partials, plan.splits, dim, data<Acc>(norm), data<Acc>(gain),
                                         /*saved_is_output=*/false, static_cast<Acc>(embed_scale),
-                                        mutable_data<Acc>(result.grad_m), nullptr, stream);
+                                        feature_result(result.grad_m), nullptr, stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return result;

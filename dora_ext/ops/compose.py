@@ -20,8 +20,10 @@ def _(base, h, lora_B, gain, bias, scaling, delta=False, channels_first=False):
 
 
 @fake("compose_backward")
-def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_first=False, want_G=True):
-    return torch.empty_like(saved) if want_G else saved.new_empty(0), torch.empty_like(norm), torch.empty_like(norm)
+def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_first=False, want_G=True,
+      magnitude_dtype=None):  # fmt: skip
+    grad_magnitude = torch.empty_like(norm, dtype=magnitude_dtype or norm.dtype)
+    return torch.empty_like(saved) if want_G else saved.new_empty(0), grad_magnitude, torch.empty_like(norm)
 
 
 @fake("magnitude_grad_recover_")
