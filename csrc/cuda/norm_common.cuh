@@ -1,7 +1,8 @@
 // What the norm kernels share. All of them form tiles of W + s B A, square them and add them up along `in`; a block
 // writes one sum of squares for each of its features to its row of `partials`. The finishing kernel adds the rows in
 // their order (the same bits each time), takes the root and divides. A second launch rather than a ticket: tickets need
-// memory that is zero before, which costs a launch too.
+// memory that is zero before, which costs a launch too. Clusters that add up each other's sums in shared memory, and
+// finish them, took 1 us longer than the two launches, which overlap.
 #pragma once
 
 #include <algorithm>
