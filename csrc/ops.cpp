@@ -104,6 +104,13 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor? offset, int nested_blocksize, Tensor lora_B, Tensor norm, Tensor gain, float scaling,"
       " bool beside=False) -> ()");
 
+  // A convolution, whole, and differentiable: y = g * (conv(x, W) + s B conv(x, A)) + bias. x (batch, in, ...), W (out,
+  // in / groups, ...) in x's dtype, lora_A (r, in, ...) dense, lora_B (out, r / groups, 1, ...), norm and gain (out,),
+  // magnitude `out` numbers in any shape. No gradient flows to weight, norm and gain.
+  m.def(
+      "conv(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor norm,"
+      " Tensor gain, float scaling, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+
   // weight (out, in), each row times its gain (out,), rounded once. bfloat16 or float16, contiguous, rows of a multiple
   // of 16 bytes that start on 16 bytes. CUDA only.
   m.def("scale_rows(Tensor weight, Tensor gain) -> Tensor");

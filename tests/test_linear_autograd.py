@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from autograd_cases import with_compiled_autograd
-from torch.autograd import forward_ad
+from autograd_cases import (
+    backward_again_needs_retain_graph,
+    refuses_second_and_forward_derivatives,
+    with_compiled_autograd,
+)
 
 from dora_ext.ops import dora_linear
 from dora_ext.testing import DEVICES, adapter
@@ -81,13 +84,7 @@ def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitud
 
 def test_backward_again_needs_retain_graph():
     t = problem()
-    y = dora_linear(**t, scaling=2.0)
-    first, second = gradients(y, t), gradients(y, t)
-    for name in NAMES:
-        assert torch.equal(first[name], second[name]), name
-    y.sum().backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        y.sum().backward()
+    backward_again_needs_retain_graph(dora_linear(**t, scaling=2.0), [t[n] for n in NAMES])
 
 
 def test_memory_is_free_after_backward():
@@ -101,21 +98,9 @@ def test_memory_is_free_after_backward():
     assert node is not None and storage.expired()
 
 
-def test_a_second_derivative_is_refused():
+def test_second_and_forward_derivatives_are_refused():
     t = problem()
-    y = dora_linear(**t, scaling=2.0)
-    grad_y = torch.ones_like(y, requires_grad=True)
-    (dx,) = torch.autograd.grad(y, t["x"], grad_y, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
-
-
-def test_forward_mode_is_refused():
-    t = problem(requires_grad=False)
-    with forward_ad.dual_level():
-        t["x"] = forward_ad.make_dual(t["x"], torch.ones_like(t["x"]))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            dora_linear(**t, scaling=2.0)
+    refuses_second_and_forward_derivatives(lambda x: dora_linear(**{**t, "x": x}, scaling=2.0), t["x"])
 
 
 @pytest.mark.parametrize("overwritten", [False, True])

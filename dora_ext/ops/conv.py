@@ -1,94 +1,20 @@
-"""DoRA's convolutions: y = g * (conv(x, W) + s B conv(x, A)) + bias, B a 1x1 convolution, g = m / n by channel."""
+"""DoRA's convolutions: y = g * (conv(x, W) + s B conv(x, A)) + bias, B a 1x1 convolution, g = m / n by channel. Their
+autograd node is in C++."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._load import require
-from ._registry import autocast_dtype, without_autocast
-from .compose import adapter_sums
-from .features import feature_products, times_matrix
+from ._registry import autocast_dtype, fake
 from .norm import norm_and_gain
 
-_aten = torch.ops.aten
 
-
-class _DoraConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups
-    ):
-        base = _aten.convolution(x, weight, None, stride, padding, dilation, False, [0], groups)
-        h = _aten.convolution(x, lora_A.to(x.dtype), None, stride, padding, dilation, False, [0], 1)
-        dense_B = _dense(lora_B, groups)
-        # Not in place: base is kept for the magnitude's gradient, and convolutions are so often followed by an
-        # in-place activation that the output could not be kept instead.
-        y = torch.ops.dora_ext.compose.default(base, h, dense_B, gain, bias, scaling, False, True)
-        ctx.geometry = (stride, padding, dilation)
-        ctx.scaling, ctx.groups = scaling, groups
-        ctx.magnitude_like = magnitude.shape, magnitude.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, h, base if ctx.needs_input_grad[4] else None, weight, lora_A, lora_B, norm, gain)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        with without_autocast(grad.device):
-            return _DoraConv._backward(ctx, grad)
-
-    @staticmethod
-    def _backward(ctx, grad):
-        x, h, base, weight, lora_A, lora_B, norm, gain = ctx.saved_tensors
-        need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        scaling, groups, geometry = ctx.scaling, ctx.groups, (*ctx.geometry, False, [0])
-        dx = dA = dB = dm = db = None
-        if need_m or need_bias:
-            _, dm, db = torch.ops.dora_ext.compose_backward.default(
-                grad, grad if base is None else base, norm, gain, None, False, False, True, False
-            )
-        if need_B or need_m:
-            sums = _own_groups(feature_products(grad, h, True), groups)
-            grad_B, adapter_dm = adapter_sums(sums, lora_B.flatten(1), norm, gain, scaling)
-            dB = grad_B.view_as(lora_B)
-            dm = dm + adapter_dm if need_m else None
-        # The gain goes to the weights, of which there are few, and G = g dY is never made.
-        merged = need_x and groups == 1 and weight.numel() <= x.numel()
-        if need_x or need_A:
-            gained_B = gain[:, None] * (scaling * _dense(lora_B, groups))
-        if need_A or (need_x and not merged):
-            P = times_matrix(grad, gained_B.to(x.dtype), True)
-            wanted = [need_x and not merged, need_A, False]
-            dx, dA, _ = _aten.convolution_backward(P, x, lora_A.to(x.dtype), None, *geometry, 1, wanted)
-            dA = dA.to(lora_A.dtype) if need_A else None
-        if need_x:
-            W = gain[:, None] * weight.flatten(1)
-            if merged:
-                # B A is of the weight's size here: one convolution does, where its passes over dX would be more.
-                W = torch.addmm(W, gained_B.to(W.dtype), lora_A.flatten(1).to(W.dtype))
-            W = W.to(x.dtype).view(weight.shape)
-            dx_W = _aten.convolution_backward(grad, x, W, None, *geometry, groups, [True, False, False])[0]
-            dx = dx_W if merged else dx_W.add_(dx)
-        shape, dtype = ctx.magnitude_like
-        dm = dm.to(dtype).view(shape) if need_m else None
-        db = db.to(ctx.bias_dtype) if need_bias else None
-        return dx, None, dA, dB if need_B else None, dm, db, *([None] * 7)
-
-
-def _dense(lora_B: Tensor, groups: int) -> Tensor:
-    """A grouped 1x1 kernel (out, r / groups, 1, ...) as a matrix (out, r) with zeros between the groups."""
-    matrix = lora_B.flatten(1)
-    return matrix if groups == 1 else torch.block_diag(*matrix.chunk(groups))
-
-
-def _own_groups(matrix: Tensor, groups: int) -> Tensor:
-    """_dense undone: of (out, r), what lies within the groups, (out, r / groups)."""
-    if groups == 1:
-        return matrix
-    out, r = matrix.shape
-    blocks = matrix.view(groups, out // groups, groups, r // groups)
-    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(out, r // groups)
+@fake("conv")
+def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups):
+    # With the strides that the library chooses.
+    base = torch.ops.aten.convolution.default(x, weight, None, stride, padding, dilation, False, [0], groups)
+    return torch.empty_like(base)
 
 
 def dora_conv(
@@ -147,11 +73,11 @@ def dora_conv(
         flat = [n for pair in reversed(sides) for n in pair]
         x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
         sides = [(0, 0)] * spatial
-    with without_autocast(x.device):
-        return _DoraConv.apply(
-            x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides],
-            dilation, groups,
-        )  # fmt: skip
+    op = torch.ops.dora_ext.conv.default
+    return op(
+        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides], dilation,
+        groups,
+    )  # fmt: skip
 
 
 def _check_conv(x, weight, lora_A, lora_B, groups) -> None:

@@ -1,0 +1,228 @@
+// dora_ext::conv: a convolution with its place in autograd's graph. Composed of the library's convolutions and products
+// and of our passes over what they make. Symbols as in ops.cpp; features are the second dimension of x, h and y.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/block_diag.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "aligned.h"
+#include "autograd_node.h"
+#include "check.h"
+#include "inside_op.h"
+
+namespace dora_ext {
+namespace {
+
+// What gets no gradient.
+struct Constants {
+  const Tensor &weight, &norm, &gain;
+  double scaling;
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+struct Geometry {
+  std::vector<int64_t> stride, padding, dilation;
+
+  Tensor forward(const Tensor& x, const Tensor& weight, int64_t groups) const {
+    return at::convolution(x, weight, {}, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0},
+                           groups);
+  }
+  // The gradients of x and of the weight, those that are wanted.
+  std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t groups,
+                                      bool want_x, bool want_weight) const {
+    const auto [dx, dW, none] =
+        at::convolution_backward(grad, x, weight, std::nullopt, stride, padding, dilation, /*transposed=*/false,
+                                 /*output_padding=*/{0}, groups, {want_x, want_weight, false});
+    return {dx, dW};
+  }
+};
+
+// A grouped 1x1 kernel (out, r / groups, 1, ...) as a matrix (out, r) with zeros between the groups...
+Tensor dense_matrix(const Tensor& lora_B, int64_t groups) {
+  const Tensor matrix = lora_B.flatten(1);
+  return groups == 1 ? matrix : at::block_diag(matrix.chunk(groups));
+}
+
+// ...and back: of (out, r), what lies within the groups, (out, r / groups).
+Tensor within_groups(const Tensor& matrix, int64_t groups) {
+  if (groups == 1) return matrix;
+  const int64_t out = matrix.size(0), r = matrix.size(1);
+  return matrix.view({groups, out / groups, groups, r / groups})
+      .diagonal(0, 0, 2)
+      .movedim(-1, 0)
+      .reshape({out, r / groups});
+}
+
+// Libraries' convolutions with few channels copy both of their arrays; these two copy nothing of an array's size,
+// whether memory has the features last or the positions.
+
+// (batch, n, ...) times (n, r), by feature: (batch, r, ...)
+Tensor times_matrix(const Tensor& t, const Tensor& matrix) {
+  const Tensor moved = t.movedim(1, -1);
+  if (moved.is_contiguous()) return at::matmul(moved, matrix).movedim(-1, 1);
+  auto sizes = t.sym_sizes().vec();
+  sizes[1] = matrix.sym_size(1);
+  const Tensor each = matrix.t().unsqueeze(0).expand_symint({t.sym_size(0), sizes[1], t.sym_size(1)});
+  return at::bmm(each, t.flatten(2)).view_symint(sizes);
+}
+
+// (n, r): the sum over all positions of the features of t (batch, n, ...) times those of h (batch, r, ...)
+Tensor feature_products(const Tensor& t, const Tensor& h) {
+  const Tensor moved = t.movedim(1, -1);
+  if (moved.is_contiguous()) return at::mm(moved.flatten(0, -2).t(), h.movedim(1, -1).flatten(0, -2));
+  return at::sum(at::bmm(t.flatten(2), h.flatten(2).mT()), {0}, /*keepdim=*/false, accumulate_type(t.scalar_type()));
+}
+
+Tensor compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
+               const OptionalTensor& bias, double scaling) {
+  static auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                  double, bool, bool)>("dora_ext::compose");
+  return op.call(base, h, lora_B, gain, bias, scaling, /*delta=*/false, /*channels_first=*/true);
+}
+
+// The base's part of the magnitude's gradient, and the bias's gradient.
+std::tuple<Tensor, Tensor> sums_of_gradient(const Tensor& grad, const Tensor& base, const Tensor& norm,
+                                            const Tensor& gain) {
+  static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool, bool, bool,
+      std::optional<at::ScalarType>)>("dora_ext::compose_backward");
+  const auto [G, grad_magnitude, grad_bias] =
+      op.call(grad, base, norm, gain, std::nullopt, /*saved_is_output=*/false, /*delta=*/false,
+              /*channels_first=*/true, /*want_G=*/false, std::nullopt);
+  return {grad_magnitude, grad_bias};
+}
+
+struct Results {
+  Tensor y, base, h;
+};
+
+Results forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& bias,
+                const Constants& c) {
+  InsideOp guard;
+  const Geometry geometry{c.stride.vec(), c.padding.vec(), c.dilation.vec()};
+  const Tensor base = geometry.forward(x, c.weight, c.groups);
+  const Tensor h = geometry.forward(x, in_dtype(lora_A, x.scalar_type()), 1);
+  // Not in place: base is kept for the magnitude's gradient, and convolutions are so often followed by an in-place
+  // activation that the output could not be kept instead.
+  return {compose(base, h, dense_matrix(lora_B, c.groups), c.gain, bias, c.scaling), base, h};
+}
+
+struct DoraConv : Function<DoraConv> {
+  enum Input { kX, kA, kB, kMagnitude, kBias };
+
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                        const Tensor& magnitude, const OptionalTensor& bias, const Constants& c) {
+    const Results results = dora_ext::forward(x, lora_A, lora_B, bias, c);
+    context->save_for_backward({x, results.h, c.weight.requires_grad() ? c.weight.detach() : c.weight, lora_A, lora_B,
+                                magnitude.requires_grad() ? results.base : Tensor()});
+    keep_constants(context, {c.norm, c.gain});
+    auto& kept = context->saved_data;
+    kept["scaling"] = c.scaling;
+    kept["stride"] = c.stride;
+    kept["padding"] = c.padding;
+    kept["dilation"] = c.dilation;
+    kept["groups"] = c.groups;
+    kept["magnitude_dtype"] = static_cast<int64_t>(magnitude.scalar_type());
+    kept["magnitude_shape"] = magnitude.sizes();
+    kept["bias_dtype"] = static_cast<int64_t>(bias ? bias->scalar_type() : at::kFloat);
+    kept["biased"] = bias.has_value();
+    return results.y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    variable_list results(6);
+    if (!grads[0].defined()) return results;
+    const variable_list saved = context->get_saved_variables();
+    const int64_t mask = asked_gradients(context, {true, true, true, true, context->saved_data["biased"].toBool()});
+    {
+      InsideOp guard;
+      gradients(context, grads[0], saved, mask, results);
+    }
+    finish_gradients(results, mask, grads[0]);
+    return results;
+  }
+
+  static void gradients(AutogradContext* context, const Tensor& grad, const variable_list& saved, int64_t mask,
+                        variable_list& to) {
+    const Tensor &x = saved[0], &h = saved[1], &weight = saved[2], &lora_A = saved[3], &lora_B = saved[4];
+    const Tensor norm = kept_constant(context, 0), gain = kept_constant(context, 1);
+    auto& kept = context->saved_data;
+    const double scaling = kept["scaling"].toDouble();
+    const int64_t groups = kept["groups"].toInt();
+    const Geometry geometry{kept["stride"].toIntVector(), kept["padding"].toIntVector(),
+                            kept["dilation"].toIntVector()};
+    const auto wants = [&](Input input) { return (mask >> input & 1) != 0; };
+    const auto dtype = x.scalar_type();
+
+    if (wants(kMagnitude) || wants(kBias)) {
+      const Tensor& base = wants(kMagnitude) ? saved[5] : grad;
+      std::tie(to[kMagnitude], to[kBias]) = sums_of_gradient(grad, base, norm, gain);
+      if (wants(kBias)) to[kBias] = in_dtype(to[kBias], static_cast<at::ScalarType>(kept["bias_dtype"].toInt()));
+    }
+    Tensor scale;  // s g (out, 1)
+    if (wants(kX) || wants(kA) || wants(kB)) scale = gain.mul(scaling).unsqueeze(1);
+    if (wants(kB) || wants(kMagnitude)) {
+      const Tensor E = in_dtype(within_groups(feature_products(grad, h), groups), norm.scalar_type());
+      if (wants(kB)) to[kB] = in_dtype(E.mul(scale), lora_B.scalar_type()).view_symint(lora_B.sym_sizes());
+      if (wants(kMagnitude)) {
+        // What is divided by 0 is 0: of such a feature there is nothing.
+        const Tensor of_adapter = E.mul(in_dtype(lora_B.flatten(1), E.scalar_type())).sum(1);
+        const Tensor sum = to[kMagnitude].addcdiv(of_adapter, norm, scaling).masked_fill(norm.eq(0), 0);
+        to[kMagnitude] = in_dtype(sum, static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt()))
+                             .view(kept["magnitude_shape"].toIntVector());
+      }
+    }
+    if (!wants(kX) && !wants(kA)) return;
+
+    // The gain goes to the weights, of which there are few, and G = g dY is never made. With one group B A is of the
+    // weight's size: then one convolution makes dX, where its passes over dX would be more.
+    const bool merged = wants(kX) && groups == 1 && weight.sym_numel() <= x.sym_numel();
+    const Tensor gained_B = scale.mul(dense_matrix(lora_B, groups));
+    Tensor of_adapter;
+    if (wants(kA) || !merged) {
+      const Tensor P = times_matrix(grad, in_dtype(gained_B, dtype));
+      std::tie(of_adapter, to[kA]) =
+          geometry.backward(P, x, in_dtype(lora_A, dtype), 1, wants(kX) && !merged, wants(kA));
+      if (wants(kA)) to[kA] = in_dtype(to[kA], lora_A.scalar_type());
+    }
+    if (!wants(kX)) return;
+    Tensor W = gain.unsqueeze(1).mul(weight.flatten(1));
+    if (merged) W = at::addmm(W, in_dtype(gained_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
+    W = in_dtype(W, dtype).view_symint(weight.sym_sizes());
+    to[kX] = std::get<0>(geometry.backward(grad, x, W, groups, true, false));
+    if (!merged) to[kX] = to[kX].add(of_adapter);
+  }
+};
+
+Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+            const OptionalTensor& bias, const Tensor& norm, const Tensor& gain, double scaling, at::IntArrayRef stride,
+            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Constants constants{weight, norm, gain, scaling, stride, padding, dilation, groups};
+  if (is_recorded("dora_ext::conv", {x, lora_A, lora_B, magnitude, bias.value_or(Tensor())})) {
+    return DoraConv::apply(x, lora_A, lora_B, magnitude, bias, constants);
+  }
+  return forward(x, lora_A, lora_B, bias, constants).y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
+  m.impl("conv", conv);
+}
+// Of tensors that no graph is ever made of: those of inference mode.
+TORCH_LIBRARY_IMPL(dora_ext, CompositeExplicitAutograd, m) {
+  m.impl("conv", conv);
+}
+
+}  // namespace dora_ext
