@@ -1,7 +1,6 @@
 // dora_ext::conv: a convolution with its place in autograd's graph. Composed of the library's convolutions and products
 // and of our passes over what they make. Symbols as in ops.cpp; features are the second dimension of x, h and y.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/block_diag.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/convolution.h>
@@ -178,8 +177,8 @@ struct DoraConv : Function<DoraConv> {
       if (wants(kMagnitude)) {
         // What is divided by 0 is 0: of such a feature there is nothing.
         const Tensor of_adapter = E.mul(in_dtype(lora_B.flatten(1), E.scalar_type())).sum(1);
-        const Tensor sum = to[kMagnitude].addcdiv(of_adapter, norm, scaling).masked_fill(norm.eq(0), 0);
-        to[kMagnitude] = in_dtype(sum, static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt()))
+        to[kMagnitude].addcdiv_(of_adapter, norm, scaling).masked_fill_(norm.eq(0), 0);
+        to[kMagnitude] = in_dtype(to[kMagnitude], static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt()))
                              .view(kept["magnitude_shape"].toIntVector());
       }
     }
@@ -198,10 +197,10 @@ struct DoraConv : Function<DoraConv> {
     }
     if (!wants(kX)) return;
     Tensor W = gain.unsqueeze(1).mul(weight.flatten(1));
-    if (merged) W = at::addmm(W, in_dtype(gained_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
+    if (merged) W.addmm_(in_dtype(gained_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
     W = in_dtype(W, dtype).view_symint(weight.sym_sizes());
     to[kX] = std::get<0>(geometry.backward(grad, x, W, groups, true, false));
-    if (!merged) to[kX] = to[kX].add(of_adapter);
+    if (!merged) to[kX].add_(of_adapter);
   }
 };
 
