@@ -66,6 +66,16 @@ def test_compiled(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiled_once_for_all_sizes(device, groups):
+    torch._dynamo.reset()
+    compiled = torch.compile(dora_conv, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((9, 8), (10, 12), (13, 7)):
+        t = inputs(size, (3, 3), groups, torch.float32, device, channels_last=size[0] == 10)
+        compare(t, {"stride": 2, "padding": 1}, groups, torch.float32, compiled)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_channels_last_and_wider_adapters(device):
     t = inputs((9, 8), (3, 3), 2, torch.float32, device, torch.float64, channels_last=True)
     y = dora_conv(**t, scaling=1.0, groups=2, padding=1)

@@ -77,8 +77,9 @@ def norm_and_gain(
 def _conv_as_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W (out, in k), A (r, in k), B (out, r). The order of the columns does not matter to a norm, so W keeps its own
     (channels_last weights stay a view) and the small A follows."""
-    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
-    return weight.permute(order).flatten(1), lora_A.permute(order).flatten(1), lora_B.flatten(1)
+    if weight.movedim(1, -1).is_contiguous():
+        weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
+    return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
 
 
 def _grouped_conv_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
