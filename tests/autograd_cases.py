@@ -43,3 +43,30 @@ def backward_again_needs_retain_graph(y: Tensor, leaves: list[Tensor]) -> None:
     y.backward(grad_y)
     with pytest.raises(RuntimeError, match="second time"):
         y.backward(grad_y)
+
+
+def opcheck_kept(op, arguments: tuple, out: int, device: str, kept: bool) -> None:
+    """torch.library.opcheck of an op whose last arguments are what a norm is kept in: given where `kept`."""
+    # Tracing makes an op that writes into what it is given functional; nobody traces a cache (NormCache.usable).
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if kept:
+        arguments += (torch.empty(out, device=device), torch.zeros(4, dtype=torch.int64, device=device), 3)
+    else:
+        tests += ["test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+def constants_get_no_gradient(layer: Callable[..., Tensor], problem: Callable[[], dict[str, Tensor]], out: int) -> None:
+    """Of layer(**problem(), norm, gain): the weight, nor a norm and a gain that are given."""
+    t = problem()
+    t["weight"].requires_grad_()
+    norm, gain = (torch.rand(out, requires_grad=True) for _ in range(2))
+    layer(**t, norm=norm, gain=gain).sum().backward()
+    assert t["x"].grad is not None and t["magnitude"].grad is not None
+    assert t["weight"].grad is None and norm.grad is None and gain.grad is None
+
+
+def makes_no_graph_without_need(layer: Callable[..., Tensor], problem: Callable[..., dict[str, Tensor]]) -> None:
+    assert layer(**problem(requires_grad=False)).grad_fn is None
+    with torch.no_grad():
+        assert layer(**problem()).grad_fn is None

@@ -1,9 +1,13 @@
 """torch.ops.dora_ext.conv: what its autograd node does beside the gradients, which tests/test_conv.py has."""
 
+from functools import partial
+
 import pytest
 import torch
 from autograd_cases import (
     backward_again_needs_retain_graph,
+    constants_get_no_gradient,
+    makes_no_graph_without_need,
     refuses_second_and_forward_derivatives,
     with_compiled_autograd,
 )
@@ -58,11 +62,8 @@ def test_inference_mode_and_its_fake(channels_last):
     assert (fake.shape, fake.stride()) == (y.shape, y.stride())
 
 
-def test_a_given_norm_and_gain_get_no_gradient():
-    t = problem()
-    norm, gain = (torch.rand(8, requires_grad=True) for _ in range(2))
-    dora_conv(**t, norm=norm, gain=gain, scaling=1.5).sum().backward()
-    assert t["magnitude"].grad is not None and norm.grad is None and gain.grad is None
+def test_constants_get_no_gradient():
+    constants_get_no_gradient(partial(dora_conv, scaling=1.5), problem, 8)
 
 
 def test_a_norm_that_is_overwritten_before_backward():
@@ -74,11 +75,12 @@ def test_a_norm_that_is_overwritten_before_backward():
         y.sum().backward()
 
 
-def test_no_graph_without_need_and_none_for_the_weight():
-    assert dora_conv(**problem(requires_grad=False), scaling=1.5).grad_fn is None
+def test_no_graph_without_need():
+    makes_no_graph_without_need(partial(dora_conv, scaling=1.5), problem)
+
+
+def test_weight_gets_no_gradient():
     t = problem()
-    with torch.no_grad():
-        assert dora_conv(**t, scaling=1.5).grad_fn is None
     t["weight"].requires_grad_()
     dora_conv(**t, scaling=1.5).sum().backward()
     assert t["x"].grad is not None and t["weight"].grad is None

@@ -1,9 +1,14 @@
 """torch.ops.dora_ext.linear: what its autograd node does beside the gradients, which tests/test_linear.py has."""
 
+from functools import partial
+
 import pytest
 import torch
 from autograd_cases import (
     backward_again_needs_retain_graph,
+    constants_get_no_gradient,
+    makes_no_graph_without_need,
+    opcheck_kept,
     refuses_second_and_forward_derivatives,
     with_compiled_autograd,
 )
@@ -31,20 +36,11 @@ def gradients(y, t):
 @pytest.mark.parametrize("kept", [False, True])
 def test_opcheck(device, requires_grad, kept):
     t = problem(device, requires_grad=requires_grad)
-    state = ()
-    if kept:
-        state = (torch.empty(24, device=device), torch.zeros(4, dtype=torch.int64, device=device), 3)
-    # Tracing makes an op that writes into what it is given functional; nobody traces a cache (NormCache.usable).
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    more = () if kept else ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(linear, (*t.values(), None, None, 2.0, False, *state), test_utils=(*tests, *more))
+    opcheck_kept(linear, (*t.values(), None, None, 2.0, False), 24, device, kept)
 
 
-def test_a_given_norm_and_gain_get_no_gradient():
-    t = problem()
-    norm, gain = (torch.rand(24, requires_grad=True) for _ in range(2))
-    dora_linear(**t, norm=norm, gain=gain, scaling=2.0).sum().backward()
-    assert t["magnitude"].grad is not None and norm.grad is None and gain.grad is None
+def test_constants_get_no_gradient():
+    constants_get_no_gradient(partial(dora_linear, scaling=2.0), problem, 24)
 
 
 def test_a_norm_and_gain_of_inference_mode():
@@ -66,9 +62,7 @@ def test_weight_gets_no_gradient():
 
 
 def test_no_graph_without_need():
-    assert dora_linear(**problem(requires_grad=False), scaling=2.0).grad_fn is None
-    with torch.no_grad():
-        assert dora_linear(**problem(), scaling=2.0).grad_fn is None
+    makes_no_graph_without_need(partial(dora_linear, scaling=2.0), problem)
 
 
 @pytest.mark.parametrize("magnitude", [True, False])

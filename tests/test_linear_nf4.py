@@ -4,6 +4,7 @@ import pytest
 import torch
 from autograd_cases import (
     backward_again_needs_retain_graph,
+    opcheck_kept,
     refuses_second_and_forward_derivatives,
     with_compiled_autograd,
 )
@@ -233,14 +234,8 @@ def test_opcheck(device, requires_grad, kept):
     q, t = problem(6, 34, 2, 3, device=device)
     t = {n: v.detach().requires_grad_(requires_grad) for n, v in t.items()}
     rest = torch.randn_like(t["x"]).requires_grad_(requires_grad)
-    state = ()
-    if kept:
-        state = (torch.empty(6, device=device), torch.zeros(4, dtype=torch.int64, device=device), 3)
-    # Tracing makes an op that writes into what it is given functional; nobody traces a cache (NormCache.usable).
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    more = () if kept else ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    arguments = (t["x"], *q.operands(), *(t[n] for n in NAMES[1:]), 1.5, rest, *state)
-    torch.library.opcheck(torch.ops.dora_ext.linear_nf4, arguments, test_utils=(*tests, *more))
+    arguments = (t["x"], *q.operands(), *(t[n] for n in NAMES[1:]), 1.5, rest)
+    opcheck_kept(torch.ops.dora_ext.linear_nf4, arguments, 6, device, kept)
 
 
 @pytest.mark.parametrize("nested", [False, True])
