@@ -20,10 +20,12 @@ namespace {
 //   MKL     115           137           155           198           219
 //   ours    220 to 280    280 to 360    340 to 375    400 to 420    395
 //   AVX2    150 to 180    160 to 200    180 to 195    210           205
-// On one of 2021, which has AVX2 only, MKL is the faster one: 59, 84, 104 and 114 for 32, 64, 128 and 512 rows, ours
-// 39, 64, 74 and 107. Fewer rows are not worth packing the other matrix. Up to 8 the products are a matter of reading
-// it: from memory, not from a cache, MKL takes 730 us for one row and 1100 for eight, the loop for narrow matrices some
-// 450 for either. Small products are done before threads have begun.
+// On one of 2021, which has AVX2 only, MKL is the faster one: 46 to 59, 69 to 92, 101 to 104 and 106 to 116 for 32, 64,
+// 128 and 512 rows; ours 33 to 39, 57 to 64, 72 to 75 and 103 to 107.
+//
+// Fewer rows are not worth packing the other matrix. Up to 8 the products are a matter of reading it: from memory, not
+// from a cache, MKL takes 730 us for one row and 1100 for eight, the loop for narrow matrices some 450 for either.
+// Small products are done before threads have begun.
 enum class Way { kLibrary, kOurs, kFewRows };
 Way choose(const Tensor& left, const Tensor& right) {
 #if defined(__x86_64__)
