@@ -16,6 +16,9 @@ TYPICAL = {BF16: 2.6e-3, FP16: 3.5e-4}
 # in, out, r: less than a step of a warp, ragged ends of rows and columns, one output, ranks of less and more than 32.
 SHAPES = [(8, 1, 7), (200, 17, 1), (72, 33, 16), (1544, 16, 64), (2080, 130, 100)]
 PACKED_SHAPES = [(64, 1, 7), (192, 17, 1), (128, 33, 16), (1600, 16, 64), (2112, 130, 100), (1088, 40, 8)]
+# Whole boxes of 256 columns and rows that nearly fill the last round of 132 multiprocessors: Hopper has a kernel for
+# these. One box more than a stage, one less than two; rows that end within sixteen.
+RING_SHAPES = [(2048, 33, 16), (2304, 4000, 24), (3840, 1, 130), (6400, 4219, 8)]
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (BF16, FP16)]  # of x, and of A, B and bias
 
 
@@ -74,6 +77,15 @@ def test_packed_values(shape, tokens):
         layer.check(layer.packed(q), dequantize_nf4(q, dtype))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("shape", RING_SHAPES, ids=str)
+def test_values_in_the_ring(shape, tokens):
+    for i, (dtype, adapter) in enumerate(DTYPES):
+        layer = Layer(tokens, *shape, dtype, adapter, bias=i != 2)
+        q = quantize_nf4(layer.weight, double_quant=(tokens + i) % 3 != 0)
+        layer.check(layer.packed(q), dequantize_nf4(q))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("shape", [(4096, 4096, 16), (14336, 1024, 64), (53248, 100, 16)], ids=str)
 def test_layers_of_models(shape, packed):
@@ -96,28 +108,34 @@ def test_scales_of_any_size():
         layer.check(layer.packed(q), dequantize_nf4(q))
 
 
-def test_not_a_number_stays_with_its_token():
-    layer = Layer(3, 512, 40, 4)
+COLUMNS = pytest.mark.parametrize("columns", [1024, 2048])  # one kernel and the other, where W is packed
+
+
+@COLUMNS
+def test_not_a_number_stays_with_its_token(columns):
+    layer = Layer(3, columns, 40, 4)
     layer.x[1, 77] = float("nan")
     for y, h in (layer.dense(), layer.packed(quantize_nf4(layer.weight))):
         assert y[1].isnan().all() and h[1].isnan().all()
         assert y[[0, 2]].isfinite().all() and h[[0, 2]].isfinite().all()
 
 
-def test_same_bits_twice_and_in_any_place():
-    layer = Layer(4, 1024, 100, 16, FP16, FP16)
+@COLUMNS
+def test_same_bits_twice_and_in_any_place(columns):
+    layer = Layer(4, columns, 100, 16, FP16, FP16)
     q = quantize_nf4(layer.weight, double_quant=True)
     first = (*layer.dense(), *layer.packed(q))
     # Views that start anywhere, and columns of wider tensors.
     layer.x = torch.cat([layer.x.flatten()[:1], layer.x.flatten()])[1:].view_as(layer.x)
-    layer.A = torch.cat([layer.A, layer.A], 1)[:, :1024]
+    layer.A = torch.cat([layer.A, layer.A], 1)[:, :columns]
     layer.gain = torch.stack([layer.gain, layer.gain], 1)[:, 0]
     for a, b in zip(first, (*layer.dense(), *layer.packed(q)), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_token_does_not_see_the_others():
-    layer = Layer(8, 1024, 100, 16)
+@COLUMNS
+def test_a_token_does_not_see_the_others(columns):
+    layer = Layer(8, columns, 100, 16)
     q = quantize_nf4(layer.weight, double_quant=True)
     together = layer.dense()[0], layer.packed(q)[0]
     x = layer.x
@@ -127,8 +145,9 @@ def test_a_token_does_not_see_the_others():
         assert torch.equal(layer.packed(q)[0], together[1][i : i + 1])
 
 
-def test_graph_capture():
-    layer = Layer(1, 1024, 100, 16)
+@COLUMNS
+def test_graph_capture(columns):
+    layer = Layer(1, columns, 100, 16)
     q = quantize_nf4(layer.weight, double_quant=True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,5 @@
-// linear_decode and linear_decode_nf4 on CUDA. The kernels: decode_dense.cuh and decode_nf4.cuh over decode.cuh.
+// linear_decode and linear_decode_nf4 on CUDA. The kernels: decode_dense.cuh, decode_nf4.cuh and decode_nf4_ring.cuh
+// over decode.cuh.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,6 +10,7 @@
 #include "../check_decode.h"
 #include "decode_dense.cuh"
 #include "decode_nf4.cuh"
+#include "decode_nf4_ring.cuh"
 #include "launch.h"
 #include "nf4_operands.h"
 
@@ -71,8 +73,16 @@ std::tuple<Tensor, Tensor> linear_decode_nf4(const Tensor& x, const Tensor& pack
                           nested_blocksize, lora_A, lora_B, gain, bias, scaling);
   const c10::cuda::CUDAGuard guard(x.device());
   const Nf4Operands weight(packed, absmax, nested_absmax, nested_code, offset, nested_blocksize);
+  const int sms = multiprocessors();
   return decode(x, lora_A, lora_B, gain, bias, scaling, [&](const auto& p) {
-    launch_decode_nf4(p, weight.bytes(), weight.scales, blocksize, current_stream());
+    if (prefers_ring(p, sms) && decode_ring_fits(p, weight.scales, blocksize, shared_bytes_per_block(),
+                                                 device_attribute(cudaDevAttrReservedSharedMemoryPerBlock))) {
+      const Tensor parts = at::empty({decode_slices(p) * p.tokens * p.rank}, x.options().dtype(at::kFloat));
+      C10_CUDA_CHECK(
+          launch_decode_ring(p, weight.bytes(), weight.scales, mutable_data<float>(parts), sms, current_stream()));
+    } else {
+      launch_decode_nf4(p, weight.bytes(), weight.scales, blocksize, current_stream());
+    }
   });
 }
 

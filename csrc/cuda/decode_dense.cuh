@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_on_hopper(kBlocks))
   DenseDecodeStep<T> step;
   int column = static_cast<int>(threadIdx.x) / 32 * 64;
   step.load(top, bottom, token, column, p.in);
-  const DecodeEnd<T, kWarps> finisher(p);
+  const DecodeEnd<T, kDecodeEndLanes<kWarps>> finisher(p, first, static_cast<int>(threadIdx.x));
   float sum[4] = {};
   for (; column < p.in; column += kStride) {
     const DenseDecodeStep<T> here = step;
     step.load(top, bottom, token, column + kStride, p.in);
     here.multiply(sum);
   }
-  finisher.finish(sum, 1.f, of_warp);
+  finish_decode<T, kWarps>(p, finisher, sum, 1.f, of_warp);
 }
 
 // in: a multiple of 8. 1 to 8 tokens, rank and out at least 1. Where a multiprocessor has no more than two blocks, more

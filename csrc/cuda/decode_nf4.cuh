@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_on_hopper(kBlocks))
     dynamic[entry * 8 + (i + entry) % 8] = make_uint4(pair, pair, pair, pair);
   }
   nested_code[entry] = code;
-  const DecodeEnd<T, kWarps> finisher(p);
+  const DecodeEnd<T, kDecodeEndLanes<kWarps>> finisher(p, first, static_cast<int>(threadIdx.x));
   __syncthreads();
 
   // The two weights of byte i of a word.
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_on_hopper(kBlocks))
       }
     }
   }
-  finisher.finish(sum, 1.f / kDecodeCodeFactor<T>, of_warp);
+  finish_decode<T, kWarps>(p, finisher, sum, 1.f / kDecodeCodeFactor<T>, of_warp);
 }
 
 template <int kWarps, int kDepth, int kBlocks, typename T>

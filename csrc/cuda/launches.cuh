@@ -94,13 +94,13 @@ __device__ __forceinline__ void allow_next_launch() {
 // `kernel`, set up beside the launch before it where it was compiled to wait for that by itself. What the architecture
 // of the device says is not enough: it may run code that was compiled for an older one.
 template <typename... Args>
-void launch_beside(void (*kernel)(Args...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+void launch_beside(void (*kernel)(Args...), dim3 blocks, unsigned threads, size_t shared, cudaStream_t stream,
                    Args... args) {
   cudaLaunchAttribute beside{};
   beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   beside.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
+  config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;

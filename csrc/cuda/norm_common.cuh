@@ -141,6 +141,7 @@ __global__ void norm_finish_kernel(const Acc* partials, int splits, int64_t out,
   Acc n;
   if (is_stale(fingerprint)) {
     Acc sum = 0;
+#pragma unroll 8  // as many are waited for at once
     for (int split = 0; split < splits; ++split) sum += partials[split * out + i];
     n = sqrt(sum);
     if (cached != nullptr) cached[i] = n;

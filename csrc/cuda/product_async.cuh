@@ -25,6 +25,15 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Arrives once what this thread has asked for by copy16_async and copy_few_async has come.
+__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
 // Arrives, and announces bytes that the TMA is to bring.
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
@@ -106,9 +115,13 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
 }
 
-// Of one warpgroup, among several; id 1 to 15.
+// Of some warps, among several groups; id 1 to 15.
+template <int Threads>
+__device__ __forceinline__ void some_sync(int id) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(Threads) : "memory");
+}
 __device__ __forceinline__ void warpgroup_sync(int id) {
-  asm volatile("bar.sync %0, 128;\n" ::"r"(id) : "memory");
+  some_sync<128>(id);
 }
 
 // How many registers each thread of this warpgroup may use from here on: fewer, or more once others gave theirs back.
@@ -137,8 +150,17 @@ __device__ __forceinline__ void load_box(uint32_t dst, const CUtensorMap* map, i
       : "memory");
 }
 
-// The same into every block of the cluster whose bit is set in `blocks`, at the same address, with word to the barrier
-// at the same address.
+// Of a tensor of three dimensions.
+__device__ __forceinline__ void load_box(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// A box of two dimensions into every block of the cluster whose bit is set in `blocks`, at the same address, with word
+// to the barrier at the same address.
 __device__ __forceinline__ void load_box_to(uint16_t blocks, uint32_t dst, const CUtensorMap* map, int x, int y,
                                             uint32_t barrier) {
   asm volatile(

@@ -46,4 +46,17 @@ bool encode_map(CUtensorMap* map, const HalfMatrix& m, int height) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// A map for boxes of 256 columns x `rows` x `boxes`, swizzled by 128 bytes, of a weight (out, in) in 4 bits: on 16
+// bytes, in a multiple of 256.
+inline bool encode_packed_map(CUtensorMap* map, const void* packed, int64_t in, int64_t out, int rows, int boxes) {
+  const cuuint64_t sizes[3] = {128, static_cast<cuuint64_t>(out), static_cast<cuuint64_t>(in) / 256};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(in) / 2, 128};
+  const cuuint32_t box[3] = {128, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(boxes)}, steps[3] = {1, 1, 1};
+  const auto encode = map_encoder();
+  return encode != nullptr &&
+         encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(packed), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace dora_ext
