@@ -65,6 +65,7 @@ __device__ __forceinline__ void decode_multiply(const DecodeProblem<T>& p, char*
     const char* scales = shared + R::kScales + at.slot * R::kScaleBytes + 4 * (row * R::kScalePitch + 2 * warp);
     const float2 top = *reinterpret_cast<const float2*>(scales);
     const float2 bottom = *reinterpret_cast<const float2*>(scales + 4 * 8 * R::kScalePitch);
+    some_arrive<R::kReadScales>(kDecodeScalesRead + at.slot);
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers.freed + 8 * at.slot);
     if (inside) {
@@ -83,8 +84,7 @@ __device__ __forceinline__ void decode_multiply(const DecodeProblem<T>& p, char*
         if (2 * t + i % 2 < p.tokens) own[(2 * t + i % 2) * kDecodeSumPitch + row + i / 2 * 8] = sum[i];
         sum[i] = 0;
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barriers.sums + 8 * buffer);
+      barrier_arrive(barriers.sums + 8 * buffer);
       parity ^= buffer;
       buffer ^= 1;
     }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void decode_finish(const DecodeProblem<T>& p, const f
     hidden[i] = h;
     if (blockIdx.x == 0) p.h[i] = narrow<T>(h);
   }
-  warpgroup_sync(2);
+  warpgroup_sync(kDecodeFinish);
 
   int buffer = 0;
   uint32_t parity = 0;
@@ -138,8 +138,7 @@ __device__ __forceinline__ void decode_finish(const DecodeProblem<T>& p, const f
 #pragma unroll
       for (int warp = 0; warp < R::kMultiplyWarps; ++warp) u += sums[warp * p.tokens * kDecodeSumPitch];
     }
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(barriers.taken + 8 * buffer);
+    barrier_arrive(barriers.taken + 8 * buffer);
     end.write(p, u / kDecodeCodeFactor<T>, of_adapter);
     parity ^= buffer;
     buffer ^= 1;
@@ -158,6 +157,7 @@ __global__ void __launch_bounds__(1024, 1) decode_ring_kernel(DecodeProblem<T> p
   if (warp == R::kMultiplyWarps) {  // asks for the first stages while the others fill the table
     if (thread % 32 == 0) barriers.init();
     __syncwarp();
+    some_arrive<R::kThreads>(kDecodeReady);
     decode_fetch(p, scales, &map, shared, barriers);
     return;
   }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(1024, 1) decode_ring_kernel(DecodeProblem<T> p
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[(thread % 2 * 4 + i + entry) % 8] = make_uint4(pair, pair, pair, pair);
   }
-  __syncthreads();
+  some_sync<R::kThreads>(kDecodeReady);
   if (warp < R::kMultiplyWarps) {
     decode_multiply(p, shared, barriers, thread);
   } else if (warp <= R::kMultiplyWarps + R::kScaleWarps) {

@@ -26,11 +26,12 @@ namespace dora_ext {
 struct DecodeRing {
   static constexpr int kStages = 5, kFlight = 3;
   static constexpr int kMultiplyWarps = 16, kScaleWarps = 3, kFinishWarps = 4;
+  static constexpr int kReadScales = 32 * (kMultiplyWarps + kScaleWarps);
   static constexpr int kThreads = 32 * (kMultiplyWarps + 1 + kScaleWarps + kFinishWarps);
   static constexpr int kColumns = 128 * kMultiplyWarps, kGroups = kColumns / 64, kBox = 256;  // columns in 128 bytes
   static constexpr int kScalePitch = kGroups + 4;  // of 32 scales: the same where they are read
   static constexpr int kStageBytes = kDecodeRows * kColumns / 2, kScaleBytes = kDecodeRows * kScalePitch * 4;
-  static constexpr int kRawBytes = kDecodeRows * (kGroups + 8);  // 32 codes of a row, two nested scales
+  static constexpr int kRawBytes = kDecodeRows * kGroups * 4;  // scales; or their codes, and two nested ones of a row
 
   // Shared memory, from its start, which is 1024 bytes after address 0. An entry of the table is 256 bytes, of which
   // half is used: then one instruction makes its address out of a byte of codes, if the table lies on 64 KiB.
@@ -52,6 +53,10 @@ struct DecodeRing {
   }
 };
 
+// Who meets where: all once the barriers in memory are there; the warps of two tasks among themselves; and, for each
+// slot, those that scale wait for those that multiply to have read its scales.
+enum DecodeMeeting { kDecodeReady = 1, kDecodeScale, kDecodeFinish, kDecodeScalesRead };
+
 struct DecodeBarriers {
   uint32_t codes, raw_scales, scales, freed, sums, taken;
   __device__ explicit DecodeBarriers(uint32_t first)
@@ -66,12 +71,12 @@ struct DecodeBarriers {
     for (int slot = 0; slot < DecodeRing::kStages; ++slot) {
       barrier_init(codes + 8 * slot, 1);
       barrier_init(raw_scales + 8 * slot, 32);
-      barrier_init(scales + 8 * slot, DecodeRing::kScaleWarps);
+      barrier_init(scales + 8 * slot, 32 * DecodeRing::kScaleWarps);
       barrier_init(freed + 8 * slot, DecodeRing::kMultiplyWarps);
     }
     for (int buffer = 0; buffer < 2; ++buffer) {
-      barrier_init(sums + 8 * buffer, DecodeRing::kMultiplyWarps);
-      barrier_init(taken + 8 * buffer, DecodeRing::kFinishWarps);
+      barrier_init(sums + 8 * buffer, 32 * DecodeRing::kMultiplyWarps);
+      barrier_init(taken + 8 * buffer, 32 * DecodeRing::kFinishWarps);
     }
     barrier_init_fence();
   }
@@ -104,17 +109,17 @@ struct DecodeWalk {
   }
 };
 
-// The scales of a stage: nested ones as they are, others to where those are read that multiply.
+// The scales of a stage, as they are.
 __device__ __forceinline__ void fetch_decode_scales(char* shared, const Nf4Scales& s, const DecodeWalk& at, int lane) {
   using R = DecodeRing;
   const int row = lane / 8, piece = lane % 8 * 4;  // four scales
   const bool inside = at.column + piece * 64 < at.in;
   if (s.nested_absmax == nullptr) {
-    float* to = reinterpret_cast<float*>(shared + R::kScales + at.slot * R::kScaleBytes) + piece;
+    float* to = reinterpret_cast<float*>(shared + R::kRaw + at.slot * R::kRawBytes) + piece;
 #pragma unroll
     for (int i = 0; i < kDecodeRows; i += 4) {
       const float* from = static_cast<const float*>(s.absmax) + at.block(row + i) + piece;
-      if (inside) copy16_async(to + (row + i) * R::kScalePitch, from);
+      if (inside) copy16_async(to + (row + i) * R::kGroups, from);
     }
     return;
   }
@@ -138,7 +143,6 @@ __device__ __forceinline__ void decode_fetch(const DecodeProblem<T>& p, const Nf
   DecodeWalk at(p), arrived(p);
   int asked = 0;
   for (; at.here(); ++asked) {
-    if (asked == R::kFlight) __syncthreads();  // from here on barriers are waited for
     if (asked >= R::kFlight) {
       barrier_wait(barriers.codes + 8 * arrived.slot, arrived.parity);
       arrived.next();
@@ -153,7 +157,6 @@ __device__ __forceinline__ void decode_fetch(const DecodeProblem<T>& p, const Nf
     copies_arrive(barriers.raw_scales + 8 * at.slot);
     at.next();
   }
-  if (asked <= R::kFlight) __syncthreads();
 }
 
 template <typename T>
@@ -165,25 +168,31 @@ __device__ __forceinline__ void decode_scale(const DecodeProblem<T>& p, const Nf
   const bool nested = s.nested_absmax != nullptr;
   const float offset = nested ? nested_offset<true>(s) : 0.f;
   for (int i = thread; nested && i < 256; i += 32 * R::kScaleWarps) code[i] = __ldg(s.code + i);
-  some_sync<32 * R::kScaleWarps>(1);
-  for (DecodeWalk at(p); at.here(); at.next()) {
+  some_sync<32 * R::kScaleWarps>(kDecodeScale);
+  int stages = 0;
+  for (DecodeWalk at(p); at.here(); at.next(), ++stages) {
     barrier_wait(barriers.raw_scales + 8 * at.slot, at.parity);
+    if (stages >= R::kStages) some_sync<R::kReadScales>(kDecodeScalesRead + at.slot);
     const char* raw = shared + R::kRaw + at.slot * R::kRawBytes;
-    const auto* absmax = reinterpret_cast<const float*>(raw + kDecodeRows * R::kGroups);
+    const auto* absmax = reinterpret_cast<const float*>(raw + (nested ? kDecodeRows * R::kGroups : 0));
     float* to = reinterpret_cast<float*>(shared + R::kScales + at.slot * R::kScaleBytes) + lane;
 #pragma unroll
     for (int k = 0; k < (kDecodeRows + R::kScaleWarps - 1) / R::kScaleWarps; ++k) {  // together, not one after another
       const int i = warp + k * R::kScaleWarps;
-      if (nested && i < kDecodeRows) {
+      if (i >= kDecodeRows) break;
+      if (nested) {
         const int64_t block = at.block(i);
         const auto second = static_cast<int>(((block + lane) >> s.nested_shift) - (block >> s.nested_shift));
         const float value = code[static_cast<uint8_t>(raw[R::kGroups * i + lane])];
         to[i * R::kScalePitch] = __fadd_rn(multiply_ftz(value, absmax[2 * i + second]), offset);
+      } else {
+        to[i * R::kScalePitch] = absmax[R::kGroups * i + lane];
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barriers.scales + 8 * at.slot);
+    barrier_arrive(barriers.scales + 8 * at.slot);  // each lane: what racecheck does not follow is one for all
   }
+  // Nobody leaves who is waited for.
+  for (int slot = 0; slot < R::kStages && slot < stages; ++slot) some_sync<R::kReadScales>(kDecodeScalesRead + slot);
 }
 
 }  // namespace dora_ext

@@ -120,6 +120,11 @@ template <int Threads>
 __device__ __forceinline__ void some_sync(int id) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(Threads) : "memory");
 }
+// Counts as one of them and goes on.
+template <int Threads>
+__device__ __forceinline__ void some_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "n"(Threads) : "memory");
+}
 __device__ __forceinline__ void warpgroup_sync(int id) {
   some_sync<128>(id);
 }
