@@ -22,7 +22,11 @@ TENSOR_CORE_KERNELS = [
     "adapter_backward_kernel",
     "decode_dense_kernel",
     "decode_nf4_kernel",
+    "decode_slices_kernel",
+    "decode_ring_kernel",
 ]
+# Of these, what is empty before Hopper.
+SINCE_HOPPER = ["decode_ring_kernel"]
 # Made of wgmma on Hopper, and empty for every other architecture: whoever launches them asks for the device.
 WGMMA_KERNELS = ["product_kernel", "norm_hopper_kernel"]
 HALF, BFLOAT16 = "6__half", "13__nv_bfloat16"  # as they stand in mangled names
@@ -73,7 +77,8 @@ def check_sass(cuobjdump: str, library: str) -> list[str]:
             # Tiles that need more shared memory than Turing has are left empty there.
             without = [name for name, n in mine.items() if not n and lengths[arch, name] > 8]
             print(f"{arch} {claim}: {len(mine)} for 16-bit inputs, {sum(mine.values())} tensor-core instructions")
-            left_empty = arch == "sm_75" and mine and not without
+            may_be_empty = arch == "sm_75" or (claim in SINCE_HOPPER and arch != "sm_90")
+            left_empty = may_be_empty and mine and not without
             if without or not (any(mine.values()) or left_empty):
                 found.append(f"{arch}: {claim} claims tensor cores; without them: {without or 'not found at all'}")
         for claim in WGMMA_KERNELS:
