@@ -10,6 +10,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "check.h"
 
@@ -59,7 +60,7 @@ inline int64_t version_of(const Tensor& t) {
 // Constants are small, and nobody trains them: a hook on saved tensors (activation checkpointing) costs more than they
 // do, so the node itself holds them, each by itself (compiled autograd does not look into lists). Undefined ones are
 // not held.
-inline void keep_constants(AutogradContext* context, std::initializer_list<Tensor> constants) {
+inline void keep_constants(AutogradContext* context, const variable_list& constants) {
   auto& kept = context->saved_data;
   int i = 0;
   for (const Tensor& t : constants) {
@@ -71,15 +72,41 @@ inline void keep_constants(AutogradContext* context, std::initializer_list<Tenso
   }
 }
 
-inline Tensor kept_constant(AutogradContext* context, int i) {
+inline Tensor kept_constant(AutogradContext* context, size_t i) {
   const auto& kept = context->saved_data;
   const auto found = kept.find("constant" + std::to_string(i));
   if (found == kept.end()) return {};
   Tensor t = found->second.toTensor();
   TORCH_CHECK(version_of(t) == kept.at("version" + std::to_string(i)).toInt(),
-              "dora_ext: a norm, gain or scale needed for backward was modified by an inplace operation");
+              "dora_ext: a norm, gain, scale or parameter needed for backward was modified by an inplace operation");
   return t;
 }
+
+// What backward reads: activations, constants, and W, A, B and the bias. A module's own parameters stay where they are,
+// whatever becomes of the graph: no hook need see them, and where the caller says that these are such, they are `held`
+// as constants are.
+struct NodeKeeps {
+  variable_list activations, constants, parameters;
+
+  void save(AutogradContext* context, bool held) && {
+    variable_list& beside = held ? constants : activations;
+    beside.insert(beside.end(), parameters.begin(), parameters.end());
+    context->saved_data["held"] = held;
+    context->save_for_backward(std::move(activations));
+    keep_constants(context, constants);
+  }
+
+  // With as many of each as were saved.
+  static NodeKeeps of(AutogradContext* context, size_t activations, size_t constants, size_t parameters) {
+    NodeKeeps found{context->get_saved_variables(), {}, {}};
+    const bool held = context->saved_data["held"].toBool();
+    for (size_t i = 0; i < constants; ++i) found.constants.push_back(kept_constant(context, i));
+    for (size_t i = 0; i < parameters; ++i) {
+      found.parameters.push_back(held ? kept_constant(context, constants + i) : found.activations[activations + i]);
+    }
+    return found;
+  }
+};
 
 // An output, for save_for_backward. Whoever overwrites it in place (ReLU(inplace=True)) makes it useless for backward,
 // which is no error: so it is saved without its version, and something empty has that instead.

@@ -28,6 +28,7 @@ struct Constants {
   double scaling;
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
+  bool held;
 };
 
 struct Geometry {
@@ -123,9 +124,10 @@ struct DoraConv : Function<DoraConv> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                         const Tensor& magnitude, const OptionalTensor& bias, const Constants& c) {
     const Results results = dora_ext::forward(x, lora_A, lora_B, bias, c);
-    context->save_for_backward({x, results.h, c.weight.requires_grad() ? c.weight.detach() : c.weight, lora_A, lora_B,
-                                magnitude.requires_grad() ? results.base : Tensor()});
-    keep_constants(context, {c.norm, c.gain});
+    NodeKeeps{{x, results.h, magnitude.requires_grad() ? results.base : Tensor()},
+              {c.norm, c.gain},
+              {c.weight.requires_grad() ? c.weight.detach() : c.weight, lora_A, lora_B}}
+        .save(context, c.held);
     auto& kept = context->saved_data;
     kept["scaling"] = c.scaling;
     kept["stride"] = c.stride;
@@ -142,20 +144,21 @@ struct DoraConv : Function<DoraConv> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     variable_list results(6);
     if (!grads[0].defined()) return results;
-    const variable_list saved = context->get_saved_variables();
+    const NodeKeeps found = NodeKeeps::of(context, 3, 2, 3);
     const int64_t mask = asked_gradients(context, {true, true, true, true, context->saved_data["biased"].toBool()});
     {
       InsideOp guard;
-      gradients(context, grads[0], saved, mask, results);
+      gradients(context, grads[0], found, mask, results);
     }
     finish_gradients(results, mask, grads[0]);
     return results;
   }
 
-  static void gradients(AutogradContext* context, const Tensor& grad, const variable_list& saved, int64_t mask,
+  static void gradients(AutogradContext* context, const Tensor& grad, const NodeKeeps& found, int64_t mask,
                         variable_list& to) {
-    const Tensor &x = saved[0], &h = saved[1], &weight = saved[2], &lora_A = saved[3], &lora_B = saved[4];
-    const Tensor norm = kept_constant(context, 0), gain = kept_constant(context, 1);
+    const Tensor &x = found.activations[0], &h = found.activations[1];
+    const Tensor &norm = found.constants[0], &gain = found.constants[1];
+    const Tensor &weight = found.parameters[0], &lora_A = found.parameters[1], &lora_B = found.parameters[2];
     auto& kept = context->saved_data;
     const double scaling = kept["scaling"].toDouble();
     const int64_t groups = kept["groups"].toInt();
@@ -165,7 +168,7 @@ struct DoraConv : Function<DoraConv> {
     const auto dtype = x.scalar_type();
 
     if (wants(kMagnitude) || wants(kBias)) {
-      const Tensor& base = wants(kMagnitude) ? saved[5] : grad;
+      const Tensor& base = wants(kMagnitude) ? found.activations[2] : grad;
       std::tie(to[kMagnitude], to[kBias]) = sums_of_gradient(grad, base, norm, gain);
       if (wants(kBias)) to[kBias] = in_dtype(to[kBias], static_cast<at::ScalarType>(kept["bias_dtype"].toInt()));
     }
@@ -206,8 +209,8 @@ struct DoraConv : Function<DoraConv> {
 
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
             const OptionalTensor& bias, const Tensor& norm, const Tensor& gain, double scaling, at::IntArrayRef stride,
-            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Constants constants{weight, norm, gain, scaling, stride, padding, dilation, groups};
+            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool held) {
+  const Constants constants{weight, norm, gain, scaling, stride, padding, dilation, groups, held};
   if (is_recorded("dora_ext::conv", {x, lora_A, lora_B, magnitude, bias.value_or(Tensor())})) {
     return DoraConv::apply(x, lora_A, lora_B, magnitude, bias, constants);
   }

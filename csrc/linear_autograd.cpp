@@ -22,6 +22,7 @@ struct Constants {
   bool transposed;
   const OptionalTensor &cached, &fingerprint;
   int64_t epoch;
+  bool held;
 };
 
 Results forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
@@ -51,10 +52,10 @@ struct DoraLinear : Function<DoraLinear> {
     auto [y, h, norm, gain] = dora_ext::forward(x, lora_A, lora_B, magnitude, bias, constants);
     const Tensor& weight = constants.weight;
     // The output serves to find u = x W^T + s h B^T again, so nothing of its size is kept besides it.
-    context->save_for_backward({x, h, weight.requires_grad() ? weight.detach() : weight, lora_A, lora_B,
-                                bias.value_or(Tensor()),
-                                magnitude.requires_grad() ? saved_output(context, y) : Tensor()});
-    keep_constants(context, {norm, gain});
+    NodeKeeps{{x, h, magnitude.requires_grad() ? saved_output(context, y) : Tensor()},
+              {norm, gain},
+              {weight.requires_grad() ? weight.detach() : weight, lora_A, lora_B, bias.value_or(Tensor())}}
+        .save(context, constants.held);
     auto& kept = context->saved_data;
     kept["scaling"] = constants.scaling;
     kept["transposed"] = constants.transposed;
@@ -65,10 +66,13 @@ struct DoraLinear : Function<DoraLinear> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     variable_list results(6);
     if (!grads[0].defined()) return results;
-    const variable_list saved = context->get_saved_variables();
-    const Tensor norm = kept_constant(context, 0), gain = kept_constant(context, 1);
+    const NodeKeeps found = NodeKeeps::of(context, 3, 2, 4);
+    const Tensor &x = found.activations[0], &h = found.activations[1], &y = found.activations[2];
+    const Tensor &norm = found.constants[0], &gain = found.constants[1];
+    const Tensor &weight = found.parameters[0], &lora_A = found.parameters[1], &lora_B = found.parameters[2];
+    const OptionalTensor bias = if_defined(found.parameters[3]);
     auto& kept = context->saved_data;
-    const int64_t mask = asked_gradients(context, {true, true, true, true, saved[5].defined()});
+    const int64_t mask = asked_gradients(context, {true, true, true, true, bias.has_value()});
     const Tensor magnitude = like_magnitude(gain, kept["magnitude_dtype"].toInt());
     static auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -76,9 +80,9 @@ struct DoraLinear : Function<DoraLinear> {
         "dora_ext::linear_backward");
     {
       InsideOp guard;
-      std::tie(results[0], results[1], results[2], results[3], results[4]) = op.call(
-          grads[0], unchanged_output(context, saved[6]), saved[0], saved[1], saved[2], saved[3], saved[4], magnitude,
-          if_defined(saved[5]), norm, gain, kept["scaling"].toDouble(), kept["transposed"].toBool(), mask);
+      std::tie(results[0], results[1], results[2], results[3], results[4]) =
+          op.call(grads[0], unchanged_output(context, y), x, h, weight, lora_A, lora_B, magnitude, bias, norm, gain,
+                  kept["scaling"].toDouble(), kept["transposed"].toBool(), mask);
     }
     finish_gradients(results, mask, grads[0]);
     return results;
@@ -88,8 +92,8 @@ struct DoraLinear : Function<DoraLinear> {
 Tensor linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                        const Tensor& magnitude, const OptionalTensor& bias, const OptionalTensor& norm,
                        const OptionalTensor& gain, double scaling, bool transposed, const OptionalTensor& cached,
-                       const OptionalTensor& fingerprint, int64_t epoch) {
-  const Constants constants{weight, norm, gain, scaling, transposed, cached, fingerprint, epoch};
+                       const OptionalTensor& fingerprint, int64_t epoch, bool held) {
+  const Constants constants{weight, norm, gain, scaling, transposed, cached, fingerprint, epoch, held};
   const bool recorded = is_recorded("dora_ext::linear", {x, lora_A, lora_B, magnitude, bias.value_or(Tensor())});
   if (recorded) return DoraLinear::apply(x, lora_A, lora_B, magnitude, bias, constants);
   return std::get<0>(forward(x, lora_A, lora_B, magnitude, bias, constants));

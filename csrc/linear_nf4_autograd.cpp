@@ -23,6 +23,7 @@ struct Constants {
   double scaling;
   const OptionalTensor &cached, &fingerprint;
   int64_t epoch;
+  bool held;
 };
 
 std::tuple<Tensor, Tensor> norm_and_gain(const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
@@ -70,10 +71,12 @@ struct DoraLinearNf4 : Function<DoraLinearNf4> {
     const Results results = dora_ext::forward(x, lora_A, lora_B, magnitude, bias, rest, c);
     Tensor output;
     if (magnitude.requires_grad()) output = rest ? results.y : saved_output(context, results.y);
-    context->save_for_backward({x, results.h, c.packed, lora_A, lora_B, bias.value_or(Tensor()), output});
     const Tensor none;
-    keep_constants(context, {results.norm, results.gain, c.absmax, c.nested_absmax.value_or(none),
-                             c.nested_code.value_or(none), c.offset.value_or(none)});
+    NodeKeeps{{x, results.h, output},
+              {results.norm, results.gain, c.absmax, c.nested_absmax.value_or(none), c.nested_code.value_or(none),
+               c.offset.value_or(none)},
+              {c.packed, lora_A, lora_B, bias.value_or(none)}}
+        .save(context, c.held);
     auto& kept = context->saved_data;
     kept["blocksize"] = c.blocksize;
     kept["dtype"] = static_cast<int64_t>(c.dtype);
@@ -87,12 +90,14 @@ struct DoraLinearNf4 : Function<DoraLinearNf4> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     variable_list results(7);
     if (!grads[0].defined()) return results;
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &h = saved[1], &packed = saved[2], &lora_A = saved[3], &lora_B = saved[4];
-    const Tensor norm = kept_constant(context, 0), gain = kept_constant(context, 1);
+    const NodeKeeps found = NodeKeeps::of(context, 3, 6, 4);
+    const Tensor &x = found.activations[0], &h = found.activations[1], &y = found.activations[2];
+    const Tensor &norm = found.constants[0], &gain = found.constants[1], &absmax = found.constants[2];
+    const Tensor &packed = found.parameters[0], &lora_A = found.parameters[1], &lora_B = found.parameters[2];
+    const OptionalTensor bias = if_defined(found.parameters[3]);
     auto& kept = context->saved_data;
     const bool rest = kept["rest"].toBool();
-    const int64_t mask = asked_gradients(context, {true, true, true, true, saved[5].defined(), rest});
+    const int64_t mask = asked_gradients(context, {true, true, true, true, bias.has_value(), rest});
     const c10::SymInt shape[] = {lora_B.sym_size(0), lora_A.sym_size(1)};
     static auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
@@ -102,12 +107,11 @@ struct DoraLinearNf4 : Function<DoraLinearNf4> {
     {
       InsideOp guard;
       std::tie(results[0], results[1], results[2], results[3], results[4], results[5]) = op.call(
-          grads[0], rest ? if_defined(saved[6]) : unchanged_output(context, saved[6]), x, h, packed,
-          kept_constant(context, 2), kept["blocksize"].toInt(), shape,
-          static_cast<at::ScalarType>(kept["dtype"].toInt()), if_defined(kept_constant(context, 3)),
-          if_defined(kept_constant(context, 4)), if_defined(kept_constant(context, 5)),
-          kept["nested_blocksize"].toInt(), lora_A, lora_B, like_magnitude(gain, kept["magnitude_dtype"].toInt()),
-          if_defined(saved[5]), norm, gain, kept["scaling"].toDouble(), mask);
+          grads[0], rest ? if_defined(y) : unchanged_output(context, y), x, h, packed, absmax,
+          kept["blocksize"].toInt(), shape, static_cast<at::ScalarType>(kept["dtype"].toInt()),
+          if_defined(found.constants[3]), if_defined(found.constants[4]), if_defined(found.constants[5]),
+          kept["nested_blocksize"].toInt(), lora_A, lora_B, like_magnitude(gain, kept["magnitude_dtype"].toInt()), bias,
+          norm, gain, kept["scaling"].toDouble(), mask);
     }
     finish_gradients(results, mask, grads[0]);
     return results;
@@ -119,9 +123,9 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, i
                   const OptionalTensor& nested_code, const OptionalTensor& offset, int64_t nested_blocksize,
                   const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const OptionalTensor& bias,
                   double scaling, const OptionalTensor& rest, const OptionalTensor& cached,
-                  const OptionalTensor& fingerprint, int64_t epoch) {
+                  const OptionalTensor& fingerprint, int64_t epoch, bool held) {
   const Constants constants{packed, absmax,           blocksize, shape,  dtype,       nested_absmax, nested_code,
-                            offset, nested_blocksize, scaling,   cached, fingerprint, epoch};
+                            offset, nested_blocksize, scaling,   cached, fingerprint, epoch,         held};
   const Tensor none;
   const bool recorded =
       is_recorded("dora_ext::linear_nf4", {x, lora_A, lora_B, magnitude, bias.value_or(none), rest.value_or(none)});

@@ -22,11 +22,12 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor(a!) cached, Tensor(b!) fingerprint, int epoch=0) -> (Tensor norm, Tensor gain)");
 
   // Linear, whole, and differentiable: linear_forward_cached where `cached` and `fingerprint` are given, else
-  // linear_forward. No gradient flows to weight, norm and gain.
+  // linear_forward. No gradient flows to weight, norm and gain. held: weight, lora_A, lora_B and bias are parameters of
+  // a module, which no hook on saved tensors need see.
   m.def(
       "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? norm,"
       " Tensor? gain, float scaling, bool transposed=False, Tensor(a!)? cached=None, Tensor(b!)? fingerprint=None,"
-      " int epoch=0) -> Tensor");
+      " int epoch=0, bool held=False) -> Tensor");
   // Its parts. `norm` and `gain` are computed here where they come as None, and come back empty otherwise. lora_A,
   // lora_B, magnitude and bias may be wider than x; weight has x's dtype. h has x's dtype, shape (tokens, r).
   m.def(
@@ -109,7 +110,8 @@ TORCH_LIBRARY(dora_ext, m) {
   // magnitude `out` numbers in any shape. No gradient flows to weight, norm and gain.
   m.def(
       "conv(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor norm,"
-      " Tensor gain, float scaling, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+      " Tensor gain, float scaling, int[] stride, int[] padding, int[] dilation, int groups,"
+      " bool held=False) -> Tensor");
 
   // weight (out, in), each row times its gain (out,), rounded once. bfloat16 or float16, contiguous, rows of a multiple
   // of 16 bytes that start on 16 bytes. CUDA only.
@@ -197,7 +199,7 @@ TORCH_LIBRARY(dora_ext, m) {
       "linear_nf4(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"
       " Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize, Tensor lora_A, Tensor lora_B,"
       " Tensor magnitude, Tensor? bias, float scaling, Tensor? rest=None, Tensor(a!)? cached=None,"
-      " Tensor(b!)? fingerprint=None, int epoch=0) -> Tensor");
+      " Tensor(b!)? fingerprint=None, int epoch=0, bool held=False) -> Tensor");
   // Its parts. W is unpacked inside, so that no graph can keep it. total = y + rest W^T, empty without rest.
   m.def(
       "linear_nf4_forward(Tensor x, Tensor packed, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype,"

@@ -36,6 +36,15 @@ def is_partitioned(t: Tensor) -> bool:
     return hasattr(t, "ds_id")
 
 
+def stay_in_place(tensors: Iterable[Tensor | None]) -> bool:
+    """All of these are a module's own parameters, which backward finds as forward left them: no copy made for one call,
+    no replacement by torch.func.functional_call, and nothing that ZeRO-3 empties in between. Not for torch.compile."""
+    # Not hasattr: a failed look-up costs as much as a small launch.
+    return not torch.compiler.is_compiling() and all(
+        t is None or (isinstance(t, nn.Parameter) and "ds_id" not in t.__dict__) for t in tensors
+    )
+
+
 def is_sharded(t: Tensor) -> bool:
     """A DTensor, as FSDP2 leaves it between forwards."""
     # A failed look-up costs as much as a small launch, and this is asked for several tensors in every forward.

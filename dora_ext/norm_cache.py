@@ -28,6 +28,9 @@ def _count_step(*_args) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+NO_NORMS = (None, None, 0)  # in a state's place, for an op that goes on with other arguments
+
+
 def _place(t: Tensor) -> tuple:
     # Not the address: FSDP2 frees a storage's memory and allocates it again, and what it then holds is the same.
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version

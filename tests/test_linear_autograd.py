@@ -12,6 +12,9 @@ from autograd_cases import (
     refuses_second_and_forward_derivatives,
     with_compiled_autograd,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
 
 from dora_ext.ops import dora_linear
 from dora_ext.testing import DEVICES, adapter
@@ -66,14 +69,44 @@ def test_no_graph_without_need():
 
 
 @pytest.mark.parametrize("magnitude", [True, False])
-def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitude):
+@pytest.mark.parametrize("parameters", [True, False])
+def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitude, parameters):
     """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
     t, saved = problem(), []
+    if parameters:
+        t |= {k: Parameter(v.detach(), requires_grad=k != "weight") for k, v in t.items() if k != "x"}
     t["magnitude"].requires_grad_(magnitude)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         dora_linear(**t, scaling=2.0)
-    x_h_weight_A_B_bias = [(5, 13, 40), (65, 8), (24, 40), (8, 40), (24, 8), (24,)]
-    assert saved == x_h_weight_A_B_bias + [(5, 13, 24)] * magnitude
+    weight_A_B_bias = [(24, 40), (8, 40), (24, 8), (24,)]
+    assert saved == [(5, 13, 40), (65, 8)] + [(5, 13, 24)] * magnitude + weight_A_B_bias * (not parameters)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("changed", ["weight", "lora_A", "lora_B", "bias"])
+def test_a_parameter_overwritten_before_backward_is_an_error(checkpointing, changed):
+    t = {k: v.detach() if k == "x" else Parameter(v.detach()) for k, v in problem().items()}
+    layer = partial(dora_linear, **t, scaling=2.0)
+    y = checkpoint(layer, use_reentrant=False) if checkpointing else layer()
+    with torch.no_grad():
+        t[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_copy_made_for_one_call_is_free_after_backward():
+    """autocast's copy of a wider weight, though the node is still there."""
+    t = {k: Parameter(v.detach()) for k, v in problem().items()}
+    copies = []
+
+    def pack(t):
+        copies.extend([StorageWeakRef(t.untyped_storage())] * (t.shape == (24, 40)))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        y = dora_linear(**t, scaling=2.0)
+    y.float().sum().backward()
+    assert y.grad_fn is not None and [copy.expired() for copy in copies] == [True]
 
 
 def test_backward_again_needs_retain_graph():
@@ -85,7 +118,7 @@ def test_memory_is_free_after_backward():
     """Nothing of the output's size hangs on the node any more."""
     t = problem()
     y = dora_linear(**t, scaling=2.0)
-    storage = torch.multiprocessing.reductions.StorageWeakRef(y.untyped_storage())
+    storage = StorageWeakRef(y.untyped_storage())
     node = y.grad_fn
     y.sum().backward()
     del y

@@ -10,6 +10,7 @@ from autograd_cases import (
 )
 from nf4_cases import DTYPES, Dequantisations, norm_tolerance
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from dora_ext import reference
@@ -184,13 +185,17 @@ def test_overwritten_results_and_weights():
             y.sum().backward()
 
 
-def test_saves_no_constants():
+@pytest.mark.parametrize("parameters", [True, False])
+def test_saves_no_constants(parameters):
     """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
     q, t = problem()
     saved = []
+    if parameters:
+        t |= {n: Parameter(v.detach()) for n, v in t.items() if n != "x"}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
-    assert q.nested and len(saved) == len(["x", "h", "A", "B", "bias", "packed", "y"])
+    expected = ["x", "h", "y"] + ["packed", "A", "B", "bias"] * (not parameters)
+    assert q.nested and len(saved) == len(expected)
 
 
 def test_compiled_autograd():

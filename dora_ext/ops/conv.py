@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._load import require
+from ..distributed import stay_in_place
 from ._registry import autocast_dtype, fake
 from .norm import norm_and_gain
 
 
 @fake("conv")
-def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups):
+def _(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, stride, padding, dilation, groups, held=False):
     # With the strides that the library chooses.
     base = torch.ops.aten.convolution.default(x, weight, None, stride, padding, dilation, False, [0], groups)
     return torch.empty_like(base)
@@ -60,10 +61,11 @@ def dora_conv(
     _check_conv(x, weight, lora_A, lora_B, groups)
     if norm is None or gain is None:
         norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling)
-    weight = weight.detach()
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        if weight.dtype != dtype:
+            weight = weight.detach().to(dtype)
     if x.dtype != weight.dtype:
         raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
     stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)
@@ -73,10 +75,11 @@ def dora_conv(
         flat = [n for pair in reversed(sides) for n in pair]
         x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
         sides = [(0, 0)] * spatial
+    held = stay_in_place((weight, lora_A, lora_B))
     op = torch.ops.dora_ext.conv.default
     return op(
         x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides], dilation,
-        groups,
+        groups, held,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .._load import require
-from ..norm_cache import NormCache
+from ..distributed import stay_in_place
+from ..norm_cache import NO_NORMS, NormCache
 from ._registry import accumulate_dtype, autocast_dtype, fake
 from .norm import norm_and_gain
 
@@ -95,9 +96,14 @@ def dora_linear(
             norm, gain = norm_and_gain(
                 weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed, cache=cache
             )
-        x, weight = x.to(dtype), weight.detach().to(dtype)
+        x = x.to(dtype)
+        if weight.dtype != dtype:
+            weight = weight.detach().to(dtype)
     state = ()
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])
+    held = stay_in_place((weight, lora_A, lora_B, bias))
     op = torch.ops.dora_ext.linear.default
-    return op(x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, *state)
+    return op(
+        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, *(state or NO_NORMS), held
+    )
