@@ -133,9 +133,10 @@ def test_same_bits_twice_and_in_any_place(columns):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rank", [16, 21, 1200])  # at 1200, eight tokens take more shared memory than the ring has
 @COLUMNS
-def test_a_token_does_not_see_the_others(columns):
-    layer = Layer(8, columns, 100, 16)
+def test_a_token_does_not_see_the_others(columns, rank):
+    layer = Layer(8, columns, 100, rank)
     q = quantize_nf4(layer.weight, double_quant=True)
     together = layer.dense()[0], layer.packed(q)[0]
     x = layer.x

@@ -43,48 +43,20 @@ __device__ __forceinline__ uint4 load16_if(bool inside, const void* p) {
   return inside ? __ldg(static_cast<const uint4*>(p)) : uint4{};
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// h
-
-// What this warp's columns, `first` + 8 lane on in steps of kStep, add to h[token ... token + kTokens - 1, row]; in all
-// lanes.
-template <int kTokens, int kStep, typename T, typename A>
-__device__ __forceinline__ void decode_adapter_sums(const DecodeProblem<T>& p, int row, int token, int first, int end,
-                                                    float (&sum)[kTokens]) {
-  constexpr int kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
-  const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
-#pragma unroll(kTokens == 1 ? 4 : 1)
-  for (int k = first + static_cast<int>(threadIdx.x) % 32 * 8; k < end; k += kStep) {
-    uint4 a[kWords], x[kTokens];
+// sum += W x^T over 32 columns, of which a lane has eight numbers of rows g and g + 8 and of token g.
+template <typename T>
+__device__ __forceinline__ void multiply_columns(float (&sum)[4], const uint4& top, const uint4& bottom,
+                                                 const uint4& x) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      x[i] = load16_if(token + i < p.tokens, p.x + static_cast<int64_t>(token + i) * p.in + k);
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        float2 factor;
-        if constexpr (sizeof(A) == 4) {
-          const int word = pair % 2 * 2;
-          factor.x = __uint_as_float(word_of(a[pair / 2], word));
-          factor.y = __uint_as_float(word_of(a[pair / 2], word + 1));
-        } else {
-          factor = unpack<A>(word_of(a[0], pair));
-        }
-        const float2 two = unpack<T>(word_of(x[i], pair));
-        sum[i] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[i]));
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
+  for (int m = 0; m < 4; m += 2) {
+    const uint32_t a[4] = {word_of(top, m), word_of(bottom, m), word_of(top, m + 1), word_of(bottom, m + 1)};
+    const uint32_t b[2] = {word_of(x, m), word_of(x, m + 1)};
+    mma_m16n8k16<T>(sum, a, b);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// h
 
 constexpr int kDecodeAdapterWarps = 8, kDecodeAdapterTokens = 4;  // whose x is loaded at a time
 
@@ -97,12 +69,41 @@ __global__ void __launch_bounds__(32 * kDecodeAdapterWarps) decode_adapter_kerne
   wait_for_previous_launch();
   allow_next_launch();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, row = static_cast<int>(blockIdx.x);
+  constexpr int kTokens = kDecodeAdapterTokens, kWords = sizeof(A) / 2;  // of 16 bytes, that hold 8 numbers
+  const A* lora_A = static_cast<const A*>(p.lora_A.data) + static_cast<int64_t>(row) * p.in;
 #pragma unroll 1
-  for (int token = 0; token < p.tokens; token += kDecodeAdapterTokens) {
-    float sum[kDecodeAdapterTokens] = {};
-    decode_adapter_sums<kDecodeAdapterTokens, 256 * kDecodeAdapterWarps, T, A>(p, row, token, 256 * warp, p.in, sum);
+  for (int token = 0; token < p.tokens; token += kTokens) {
+    float sum[kTokens] = {};
+#pragma unroll 1
+    for (int k = 8 * thread; k < p.in; k += 256 * kDecodeAdapterWarps) {
+      uint4 a[kWords], x[kTokens];
 #pragma unroll
-    for (int i = 0; i < kDecodeAdapterTokens; ++i) {
+      for (int i = 0; i < kWords; ++i) a[i] = load16_if(true, lora_A + k + i * (16 / sizeof(A)));
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        x[i] = load16_if(token + i < p.tokens, p.x + static_cast<int64_t>(token + i) * p.in + k);
+      }
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          float2 factor;
+          if constexpr (sizeof(A) == 4) {
+            const int word = pair % 2 * 2;
+            factor.x = __uint_as_float(word_of(a[pair / 2], word));
+            factor.y = __uint_as_float(word_of(a[pair / 2], word + 1));
+          } else {
+            factor = unpack<A>(word_of(a[0], pair));
+          }
+          const float2 two = unpack<T>(word_of(x[i], pair));
+          sum[i] = fmaf(factor.x, two.x, fmaf(factor.y, two.y, sum[i]));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
       if (thread % 32 == 0) of_warp[warp][token + i] = sum[i];
     }
   }
@@ -151,7 +152,7 @@ class DecodeEnd {
   // (h B^T)[token, row] of this thread. hidden(token, i): h
   template <typename Hidden>
   __device__ __forceinline__ float of_adapter(const DecodeProblem<T>& p, const Hidden& hidden) const {
-    if (p.tokens == 1) return sums<1>(p, hidden)[0];
+    if (p.tokens == 1) return of_token(p, hidden);
     const Sums<kDecodeTokens> of_token = sums<kDecodeTokens>(p, hidden);
     float own = 0;
 #pragma unroll
@@ -162,6 +163,34 @@ class DecodeEnd {
           : "f"(of_token[token]), "r"(lane_), "r"(token));
     }
     return own;
+  }
+
+  // The same of the only token there is.
+  template <typename Hidden>
+  __device__ __forceinline__ float of_token(const DecodeProblem<T>& p, const Hidden& hidden) const {
+    return sums<1>(p, hidden)[0];
+  }
+
+  // The same for who finishes many rows in turn: a lane adds up all that its token has, in the order in which of_token
+  // does, so that a token's bits do not depend on whether there are others. hidden: h (r, tokens)
+  __device__ __forceinline__ float of_own_token(const DecodeProblem<T>& p, const float* hidden) const {
+    const int token = lane_ < p.tokens ? lane_ : 0;
+    const int64_t first = row_of_B(p) * p.rank;
+    float sum[kLanes] = {};
+    for (int k = 0; k < p.rank; k += kLanes) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        if (k + i >= p.rank) continue;
+        const float factor = widen_bits(load_bits(p.lora_B, first + k + i), p.lora_B.dtype);
+        sum[i] = fmaf(factor, hidden[(k + i) * p.tokens + token], sum[i]);
+      }
+    }
+#pragma unroll
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    }
+    return sum[0];
   }
 
   // of_base: (x W^T)[token, row]

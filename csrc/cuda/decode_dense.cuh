@@ -36,15 +36,7 @@ struct DenseDecodeStep {
 
   __device__ __forceinline__ void multiply(float (&sum)[4]) const {
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-#pragma unroll
-      for (int m = 0; m < 4; m += 2) {
-        const uint32_t a[4] = {word_of(top[v], m), word_of(bottom[v], m), word_of(top[v], m + 1),
-                               word_of(bottom[v], m + 1)};
-        const uint32_t b[2] = {word_of(x[v], m), word_of(x[v], m + 1)};
-        mma_m16n8k16<T>(sum, a, b);
-      }
-    }
+    for (int v = 0; v < 2; ++v) multiply_columns<T>(sum, top[v], bottom[v], x[v]);
   }
 };
 

@@ -6,15 +6,16 @@
 //             tied to barriers. No more than kFlight stages are asked for at a time: of all that is asked for, what
 //             came first is not served first, and the multipliers would wait for all of it.
 //   scale     three warps: scales to fp32
-//   multiply  sixteen warps, 128 columns of a stage each, as in decode_nf4.cuh: bytes become pairs of values out of a
-//             table, and go through the tensor cores; then scales go onto sums over 64 columns
+//   multiply  sixteen warps, of which eight take every second stage, 256 columns each: as in decode_nf4.cuh, bytes
+//             become pairs of values out of a table, and go through the tensor cores; then scales go onto sums over 64
+//             columns
 //   finish    four warps: the sixteen sums of 16 rows, in the order of the warps, and all that is not W
 //
-//   codes, raw_scales, scales   "this is in the stage"    freed   all multipliers have read it
+//   codes, raw_scales, scales   "this is in the stage"    freed   its multipliers have read it
 //   sums, taken                 the same for the sums of 16 rows, of which there are two
 //
-// Reading W takes no instructions of those that multiply, whose reads of shared memory are what binds beside it. This
-// file has what is fetched; what is made of it is in decode_nf4_ring.cuh.
+// Reading W takes no instructions of those that multiply: issuing theirs, and their reads of shared memory, are what
+// binds beside memory. This file has what is fetched; what is made of it is in decode_nf4_ring.cuh.
 #pragma once
 
 #include "decode_nf4.cuh"
@@ -25,11 +26,12 @@ namespace dora_ext {
 
 struct DecodeRing {
   static constexpr int kStages = 5, kFlight = 3;
-  static constexpr int kMultiplyWarps = 16, kScaleWarps = 3, kFinishWarps = 4;
-  static constexpr int kReadScales = 32 * (kMultiplyWarps + kScaleWarps);
+  static constexpr int kTurns = 2, kStageWarps = 8;  // so many take a stage, and so many times as many warps there are
+  static constexpr int kMultiplyWarps = kTurns * kStageWarps, kScaleWarps = 3, kFinishWarps = 4;
+  static constexpr int kReadScales = 32 * (kStageWarps + kScaleWarps);
   static constexpr int kThreads = 32 * (kMultiplyWarps + 1 + kScaleWarps + kFinishWarps);
-  static constexpr int kColumns = 128 * kMultiplyWarps, kGroups = kColumns / 64, kBox = 256;  // columns in 128 bytes
-  static constexpr int kScalePitch = kGroups + 4;  // of 32 scales: the same where they are read
+  static constexpr int kBox = 256, kColumns = kBox * kStageWarps, kGroups = kColumns / 64;  // columns; 128 bytes a box
+  static constexpr int kScalePitch = kGroups + 4;  // of 32 scales: no bank conflict where they are read
   static constexpr int kStageBytes = kDecodeRows * kColumns / 2, kScaleBytes = kDecodeRows * kScalePitch * 4;
   static constexpr int kRawBytes = kDecodeRows * kGroups * 4;  // scales; or their codes, and two nested ones of a row
 
@@ -54,7 +56,7 @@ struct DecodeRing {
 };
 
 // Who meets where: all once the barriers in memory are there; the warps of two tasks among themselves; and, for each
-// slot, those that scale wait for those that multiply to have read its scales.
+// slot, those that scale wait for those that multiply a stage to have read its scales.
 enum DecodeMeeting { kDecodeReady = 1, kDecodeScale, kDecodeFinish, kDecodeScalesRead };
 
 struct DecodeBarriers {
@@ -72,7 +74,7 @@ struct DecodeBarriers {
       barrier_init(codes + 8 * slot, 1);
       barrier_init(raw_scales + 8 * slot, 32);
       barrier_init(scales + 8 * slot, 32 * DecodeRing::kScaleWarps);
-      barrier_init(freed + 8 * slot, DecodeRing::kMultiplyWarps);
+      barrier_init(freed + 8 * slot, DecodeRing::kStageWarps);
     }
     for (int buffer = 0; buffer < 2; ++buffer) {
       barrier_init(sums + 8 * buffer, 32 * DecodeRing::kMultiplyWarps);
@@ -91,10 +93,12 @@ struct DecodeWalk {
   __device__ explicit DecodeWalk(const DecodeProblem<T>& p)
       : first(static_cast<int>(blockIdx.x) * kDecodeRows), out(static_cast<int>(p.out)), in(p.in) {}
   __device__ __forceinline__ bool here() const { return first < out; }
-  __device__ __forceinline__ int row(int i) const { return first + i < out ? first + i : out - 1; }
-  // Of the columns of a row.
-  __device__ __forceinline__ int64_t block(int i) const {
-    return static_cast<int64_t>(row(i)) * (in / 64) + column / 64;
+  // Behind the last row, the last.
+  __device__ __forceinline__ uint32_t row(int i) const { return static_cast<uint32_t>(min(first + i, out - 1)); }
+  // The first block of row i's columns; as a Block of 32 bits, its lower bits.
+  template <typename Block>
+  __device__ __forceinline__ Block block(int i) const {
+    return static_cast<Block>(row(i)) * (static_cast<uint32_t>(in) / 64) + static_cast<uint32_t>(column) / 64;
   }
   __device__ __forceinline__ bool next() {  // was it the last of these rows?
     if (++slot == DecodeRing::kStages) {
@@ -104,38 +108,39 @@ struct DecodeWalk {
     column += DecodeRing::kColumns;
     if (column < in) return false;
     column = 0;
-    first += static_cast<int>(gridDim.x) * kDecodeRows;
+    int blocks;  // asked for here, where no register need hold it
+    asm volatile("mov.u32 %0, %%nctaid.x;\n" : "=r"(blocks));
+    first += blocks * kDecodeRows;
     return true;
   }
 };
 
 // The scales of a stage, as they are.
+template <bool Nested>
 __device__ __forceinline__ void fetch_decode_scales(char* shared, const Nf4Scales& s, const DecodeWalk& at, int lane) {
   using R = DecodeRing;
   const int row = lane / 8, piece = lane % 8 * 4;  // four scales
   const bool inside = at.column + piece * 64 < at.in;
-  if (s.nested_absmax == nullptr) {
-    float* to = reinterpret_cast<float*>(shared + R::kRaw + at.slot * R::kRawBytes) + piece;
-#pragma unroll
-    for (int i = 0; i < kDecodeRows; i += 4) {
-      const float* from = static_cast<const float*>(s.absmax) + at.block(row + i) + piece;
-      if (inside) copy16_async(to + (row + i) * R::kGroups, from);
-    }
-    return;
-  }
-  char* raw = shared + R::kRaw + at.slot * R::kRawBytes;
+  char* const raw = shared + R::kRaw + at.slot * R::kRawBytes;
 #pragma unroll
   for (int i = 0; i < kDecodeRows; i += 4) {
-    const uint8_t* from = static_cast<const uint8_t*>(s.absmax) + at.block(row + i) + piece;
-    if (inside) copy_few_async<4>(raw + R::kGroups * (row + i) + piece, from);
+    const uint64_t from = at.block<uint64_t>(row + i) + piece;
+    const int to = (row + i) * R::kGroups + piece;
+    if constexpr (Nested) {
+      if (inside) copy_few_async<4>(raw + to, static_cast<const uint8_t*>(s.absmax) + from);
+    } else {
+      if (inside) copy16_async(raw + 4 * to, static_cast<const float*>(s.absmax) + from);
+    }
   }
-  const int groups = (at.in - at.column < R::kColumns ? at.in - at.column : R::kColumns) / 64;
-  const int64_t block = at.block(lane / 2), last = (block + groups - 1) >> s.nested_shift;
-  const int64_t own = (block >> s.nested_shift) + lane % 2;
-  copy_few_async<4>(raw + kDecodeRows * R::kGroups + 4 * lane, s.nested_absmax + (own < last ? own : last));
+  if constexpr (Nested) {
+    const int groups = min(at.in - at.column, R::kColumns) / 64;
+    const uint64_t block = at.block<uint64_t>(lane / 2), last = (block + groups - 1) >> s.nested_shift;
+    const uint64_t own = (block >> s.nested_shift) + lane % 2;
+    copy_few_async<4>(raw + kDecodeRows * R::kGroups + 4 * lane, s.nested_absmax + (own < last ? own : last));
+  }
 }
 
-template <typename T>
+template <bool Nested, typename T>
 __device__ __forceinline__ void decode_fetch(const DecodeProblem<T>& p, const Nf4Scales& scales, const CUtensorMap* map,
                                              char* shared, const DecodeBarriers& barriers) {
   using R = DecodeRing;
@@ -153,40 +158,39 @@ __device__ __forceinline__ void decode_fetch(const DecodeProblem<T>& p, const Nf
       barrier_arrive_expecting(barrier, R::kStageBytes);
       load_box(shared_address(shared) + R::stage(at.slot), map, 0, at.first, at.column / R::kBox, barrier);
     }
-    fetch_decode_scales(shared, scales, at, lane);
+    fetch_decode_scales<Nested>(shared, scales, at, lane);
     copies_arrive(barriers.raw_scales + 8 * at.slot);
     at.next();
   }
 }
 
-template <typename T>
+template <bool Nested, typename T>
 __device__ __forceinline__ void decode_scale(const DecodeProblem<T>& p, const Nf4Scales& s, char* shared,
                                              const DecodeBarriers& barriers, int thread) {
   using R = DecodeRing;
   const int warp = thread / 32, lane = thread % 32;
   float* const code = reinterpret_cast<float*>(shared + R::kCode);
-  const bool nested = s.nested_absmax != nullptr;
-  const float offset = nested ? nested_offset<true>(s) : 0.f;
-  for (int i = thread; nested && i < 256; i += 32 * R::kScaleWarps) code[i] = __ldg(s.code + i);
+  const float offset = Nested ? nested_offset<true>(s) : 0.f;
+  const uint32_t within = (1u << s.nested_shift) - 1;  // which block of those with one nested scale
+  for (int i = thread; Nested && i < 256; i += 32 * R::kScaleWarps) code[i] = __ldg(s.code + i);
   some_sync<32 * R::kScaleWarps>(kDecodeScale);
   int stages = 0;
   for (DecodeWalk at(p); at.here(); at.next(), ++stages) {
     barrier_wait(barriers.raw_scales + 8 * at.slot, at.parity);
     if (stages >= R::kStages) some_sync<R::kReadScales>(kDecodeScalesRead + at.slot);
-    const char* raw = shared + R::kRaw + at.slot * R::kRawBytes;
-    const auto* absmax = reinterpret_cast<const float*>(raw + (nested ? kDecodeRows * R::kGroups : 0));
-    float* to = reinterpret_cast<float*>(shared + R::kScales + at.slot * R::kScaleBytes) + lane;
+    const char* const raw = shared + R::kRaw + at.slot * R::kRawBytes;
+    float* const to = reinterpret_cast<float*>(shared + R::kScales + at.slot * R::kScaleBytes) + lane;
 #pragma unroll
     for (int k = 0; k < (kDecodeRows + R::kScaleWarps - 1) / R::kScaleWarps; ++k) {  // together, not one after another
       const int i = warp + k * R::kScaleWarps;
       if (i >= kDecodeRows) break;
-      if (nested) {
-        const int64_t block = at.block(i);
-        const auto second = static_cast<int>(((block + lane) >> s.nested_shift) - (block >> s.nested_shift));
+      if constexpr (Nested) {
+        const auto* absmax = reinterpret_cast<const float*>(raw + kDecodeRows * R::kGroups);
+        const uint32_t second = ((at.block<uint32_t>(i) & within) + lane) >> s.nested_shift;
         const float value = code[static_cast<uint8_t>(raw[R::kGroups * i + lane])];
         to[i * R::kScalePitch] = __fadd_rn(multiply_ftz(value, absmax[2 * i + second]), offset);
       } else {
-        to[i * R::kScalePitch] = absmax[R::kGroups * i + lane];
+        to[i * R::kScalePitch] = reinterpret_cast<const float*>(raw)[R::kGroups * i + lane];
       }
     }
     barrier_arrive(barriers.scales + 8 * at.slot);  // each lane: what racecheck does not follow is one for all

@@ -3,7 +3,7 @@
 // for a row of A, which adds up all itself (decode.cuh), is done 4 us later at 14336 columns.
 #pragma once
 
-#include "decode_dense.cuh"
+#include "decode.cuh"
 
 namespace dora_ext {
 
@@ -11,37 +11,42 @@ constexpr int kDecodeSlice = 1024, kDecodeSliceWarps = 8, kDecodeSliceRanks = 16
 constexpr int kDecodeSumPitch = 20;  // of 16 rows: no bank conflict where lanes write their fragments
 
 template <typename T>
-int64_t decode_slices(const DecodeProblem<T>& p) {
+__host__ __device__ int64_t decode_slices(const DecodeProblem<T>& p) {
   return (p.in + kDecodeSlice - 1) / kDecodeSlice;
 }
 
-// sum += a x^T over 32 columns, a: 8 numbers of rows g and g + 8 each. Those of fp32 go in two bf16 numbers, which
-// leave out 2^-17 of them.
+// Eight numbers of fp32 as two each of bf16, which leave out 2^-17 of them.
+struct SplitNumbers {
+  uint4 rounded, rest;
+
+  __device__ explicit SplitNumbers(const float* eight) {
+    uint32_t first[4], second[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = load16_if(true, eight + 4 * half);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float low = __uint_as_float(word_of(four, 2 * i)), high = __uint_as_float(word_of(four, 2 * i + 1));
+        const uint32_t both = pack<__nv_bfloat16>(low, high);
+        const float2 as_rounded = unpack<__nv_bfloat16>(both);
+        first[2 * half + i] = both;
+        second[2 * half + i] = pack<__nv_bfloat16>(low - as_rounded.x, high - as_rounded.y);
+      }
+    }
+    rounded = make_uint4(first[0], first[1], first[2], first[3]);
+    rest = make_uint4(second[0], second[1], second[2], second[3]);
+  }
+};
+
+// sum += A x^T over 32 columns, as multiply_columns has them; fp32 only beside bf16: fp16 has not its range.
 template <typename T, typename A>
 __device__ __forceinline__ void multiply_adapter(float (&sum)[4], const A* top, const A* bottom, const uint4& x) {
-#pragma unroll
-  for (int m = 0; m < 4; m += 2) {
-    const uint32_t b[2] = {word_of(x, m), word_of(x, m + 1)};
-    if constexpr (std::is_same_v<A, T>) {
-      const uint32_t a[4] = {word_of(load16_if(true, top), m), word_of(load16_if(true, bottom), m),
-                             word_of(load16_if(true, top), m + 1), word_of(load16_if(true, bottom), m + 1)};
-      mma_m16n8k16<T>(sum, a, b);
-    } else {
-      static_assert(std::is_same_v<T, __nv_bfloat16>, "fp16 has not the range of fp32");
-      const uint4 upper = load16_if(true, top + 2 * m), lower = load16_if(true, bottom + 2 * m);
-      uint32_t a[4], rest[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4& from = i % 2 == 0 ? upper : lower;
-        const float first = __uint_as_float(word_of(from, i / 2 * 2)),
-                    second = __uint_as_float(word_of(from, i / 2 * 2 + 1));
-        a[i] = pack<T>(first, second);
-        const float2 rounded = unpack<T>(a[i]);
-        rest[i] = pack<T>(first - rounded.x, second - rounded.y);
-      }
-      mma_m16n8k16<T>(sum, a, b);
-      mma_m16n8k16<T>(sum, rest, b);
-    }
+  if constexpr (std::is_same_v<A, T>) {
+    multiply_columns<T>(sum, load16_if(true, top), load16_if(true, bottom), x);
+  } else {
+    const SplitNumbers upper(top), lower(bottom);
+    multiply_columns<T>(sum, upper.rounded, lower.rounded, x);
+    multiply_columns<T>(sum, upper.rest, lower.rest, x);
   }
 }
 
