@@ -121,7 +121,7 @@ def run_suite(work: Path) -> dict:
     # for each worker: OpenMP's, spinning for one another's cores, take several times as long.
     workers, environment = [], None
     if importlib.util.find_spec("xdist"):
-        workers = ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
+        workers = ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "worksteal"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", f"--junitxml={xml}", "-q", "--durations=15", *workers]
     subprocess.run(command, cwd=ROOT, env=environment, check=False)

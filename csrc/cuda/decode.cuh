@@ -152,7 +152,7 @@ class DecodeEnd {
   // (h B^T)[token, row] of this thread. hidden(token, i): h
   template <typename Hidden>
   __device__ __forceinline__ float of_adapter(const DecodeProblem<T>& p, const Hidden& hidden) const {
-    if (p.tokens == 1) return of_token(p, hidden);
+    if (p.tokens == 1) return sums<1>(p, hidden)[0];
     const Sums<kDecodeTokens> of_token = sums<kDecodeTokens>(p, hidden);
     float own = 0;
 #pragma unroll
@@ -163,34 +163,6 @@ class DecodeEnd {
           : "f"(of_token[token]), "r"(lane_), "r"(token));
     }
     return own;
-  }
-
-  // The same of the only token there is.
-  template <typename Hidden>
-  __device__ __forceinline__ float of_token(const DecodeProblem<T>& p, const Hidden& hidden) const {
-    return sums<1>(p, hidden)[0];
-  }
-
-  // The same for who finishes many rows in turn: a lane adds up all that its token has, in the order in which of_token
-  // does, so that a token's bits do not depend on whether there are others. hidden: h (r, tokens)
-  __device__ __forceinline__ float of_own_token(const DecodeProblem<T>& p, const float* hidden) const {
-    const int token = lane_ < p.tokens ? lane_ : 0;
-    const int64_t first = row_of_B(p) * p.rank;
-    float sum[kLanes] = {};
-    for (int k = 0; k < p.rank; k += kLanes) {
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) {
-        if (k + i >= p.rank) continue;
-        const float factor = widen_bits(load_bits(p.lora_B, first + k + i), p.lora_B.dtype);
-        sum[i] = fmaf(factor, hidden[(k + i) * p.tokens + token], sum[i]);
-      }
-    }
-#pragma unroll
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma unroll
-      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-    }
-    return sum[0];
   }
 
   // of_base: (x W^T)[token, row]

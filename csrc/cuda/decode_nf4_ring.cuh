@@ -1,5 +1,5 @@
 // One token to eight over a W packed in NF4, where decode_ring.cuh brings it: what multiplies, what finishes, and the
-// launch. On an H100 12 to 22% faster than decode_nf4.cuh, which has no TMA (docs/decode.md).
+// launch. For one token 10 to 25% faster than decode_nf4.cuh, which has no TMA (docs/decode.md).
 #pragma once
 
 #include "decode_ring.cuh"
@@ -119,10 +119,8 @@ __device__ __forceinline__ void decode_finish(const DecodeProblem<T>& p, const f
   for (int i = thread; i < p.tokens * p.rank; i += 32 * R::kFinishWarps) {
     float h = 0;
 #pragma unroll 8
-    for (int slice = 0; slice < slices; ++slice) {
-      h += parts[slice * (p.tokens * p.rank) + i];
-    }
-    hidden[i % p.rank * p.tokens + i / p.rank] = h;
+    for (int slice = 0; slice < slices; ++slice) h += parts[slice * (p.tokens * p.rank) + i];
+    hidden[i] = h;
     if (blockIdx.x == 0) p.h[i] = narrow<T>(h);
   }
   warpgroup_sync(kDecodeFinish);
@@ -132,8 +130,7 @@ __device__ __forceinline__ void decode_finish(const DecodeProblem<T>& p, const f
   for (; at.here(); at.first += step) {
     const DecodeEnd<T, kLanes> end = next;
     next = DecodeEnd<T, kLanes>(p, at.first + step, thread);
-    const float of_adapter =
-        p.tokens == 1 ? end.of_token(p, [&](int, int i) { return hidden[i]; }) : end.of_own_token(p, hidden);
+    const float of_adapter = end.of_adapter(p, [&](int token, int i) { return hidden[token * p.rank + i]; });
     barrier_wait(barriers.sums + 8 * buffer, parity);
     const float* sums = reinterpret_cast<const float*>(shared + R::kSums + buffer * R::sum_bytes(p.tokens)) +
                         end.lane() * kDecodeSumPitch + thread / kLanes;
