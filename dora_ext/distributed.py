@@ -36,13 +36,20 @@ def is_partitioned(t: Tensor) -> bool:
     return hasattr(t, "ds_id")
 
 
-def stay_in_place(tensors: Iterable[Tensor | None]) -> bool:
-    """All of these are a module's own parameters, which backward finds as forward left them: no copy made for one call,
-    no replacement by torch.func.functional_call, and nothing that ZeRO-3 empties in between. Not for torch.compile."""
+def hold_past_hooks(tensors: Iterable[Tensor | None]) -> bool:
+    """Hooks on saved tensors are at work (activation checkpointing), and these need not go through them: all are a
+    module's own parameters, which backward finds as forward left them. No copy made for one call is, no replacement by
+    torch.func.functional_call, and nothing that ZeRO-3 empties in between. Not for torch.compile."""
+    if torch.compiler.is_compiling() or not _hooks_at_work():
+        return False
     # Not hasattr: a failed look-up costs as much as a small launch.
-    return not torch.compiler.is_compiling() and all(
-        t is None or (isinstance(t, nn.Parameter) and "ds_id" not in t.__dict__) for t in tensors
-    )
+    return all(t is None or (isinstance(t, nn.Parameter) and "ds_id" not in t.__dict__) for t in tensors)
+
+
+def _hooks_at_work() -> bool:
+    # torch has no public question for it; without an answer, they are.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def is_sharded(t: Tensor) -> bool:

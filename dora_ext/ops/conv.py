@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._load import require
-from ..distributed import stay_in_place
+from ..distributed import hold_past_hooks
 from ._registry import autocast_dtype, fake
 from .norm import norm_and_gain
 
@@ -75,7 +75,7 @@ def dora_conv(
         flat = [n for pair in reversed(sides) for n in pair]
         x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
         sides = [(0, 0)] * spatial
-    held = stay_in_place((weight, lora_A, lora_B))
+    held = hold_past_hooks((weight, lora_A, lora_B))
     op = torch.ops.dora_ext.conv.default
     return op(
         x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides], dilation,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._load import require
-from ..distributed import stay_in_place
+from ..distributed import hold_past_hooks
 from ..norm_cache import NO_NORMS, NormCache
 from ._registry import autocast_dtype, fake, without_autocast
 from .linear import add_product, asked_for
@@ -180,6 +180,6 @@ def linear_packed(
     """dora_linear_nf4 in x's dtype, whatever autocast says: its ops don't ask it. adapter = (A, B, m)."""
     require()
     state = kept_norms(weight, *adapter[:2], scaling, cache)
-    held = stay_in_place((*adapter, bias))
+    held = hold_past_hooks((*adapter, bias))
     op = torch.ops.dora_ext.linear_nf4.default
     return op(x, *weight.operands(), *adapter, bias, float(scaling), rest, *(state or NO_NORMS), held)
