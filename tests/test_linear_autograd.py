@@ -141,3 +141,14 @@ def test_compiled_autograd(overwritten):
     for results, expected in with_compiled_autograd(forward, lambda y: gradients(y, t), t["lora_B"]):
         for name in NAMES:
             torch.testing.assert_close(results[name], expected[name])
+
+
+def test_compiled_autograd_of_held_parameters():
+    t = {k: Parameter(v.detach(), requires_grad=k != "weight") for k, v in problem().items()}
+
+    def forward():
+        return checkpoint(partial(dora_linear, **t, scaling=1.5), use_reentrant=False)
+
+    for results, expected in with_compiled_autograd(forward, lambda y: gradients(y, t), t["lora_B"]):
+        for name in NAMES:
+            torch.testing.assert_close(results[name], expected[name])
