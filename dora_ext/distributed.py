@@ -42,8 +42,7 @@ def hold_past_hooks(tensors: Iterable[Tensor | None]) -> bool:
     torch.func.functional_call, and nothing that ZeRO-3 empties in between. Not for torch.compile."""
     if torch.compiler.is_compiling() or not _hooks_at_work():
         return False
-    # Not hasattr: a failed look-up costs as much as a small launch.
-    return all(t is None or (isinstance(t, nn.Parameter) and "ds_id" not in t.__dict__) for t in tensors)
+    return all(t is None or (isinstance(t, nn.Parameter) and not is_partitioned(t)) for t in tensors)
 
 
 def _hooks_at_work() -> bool:

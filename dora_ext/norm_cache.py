@@ -28,7 +28,7 @@ def _count_step(*_args) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-NO_NORMS = (None, None, 0)  # in a state's place, for an op that goes on with other arguments
+NO_NORMS = (None, None, 0)  # in a state's place, before arguments that follow it: by name, they take a microsecond
 
 
 def _place(t: Tensor) -> tuple:

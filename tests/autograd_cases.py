@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.compiled_autograd
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 Gradients = dict[str, Tensor]
 
@@ -23,6 +24,19 @@ def with_compiled_autograd(
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             results = gradients(forward())
         yield results, expected
+
+
+def as_parameters(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A problem in which all but x are a module's own."""
+    return {k: v if k == "x" else Parameter(v.detach(), requires_grad=k != "weight") for k, v in t.items()}
+
+
+def seen_by_hooks(call: Callable[[], Tensor]) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that go through hooks on saved tensors."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        call()
+    return shapes
 
 
 def refuses_second_and_forward_derivatives(call: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -5,13 +5,14 @@ from functools import partial
 import pytest
 import torch
 from autograd_cases import (
+    as_parameters,
     backward_again_needs_retain_graph,
     constants_get_no_gradient,
     makes_no_graph_without_need,
     refuses_second_and_forward_derivatives,
+    seen_by_hooks,
     with_compiled_autograd,
 )
-from torch.nn import Parameter
 
 from dora_ext.ops import dora_conv, norm_and_gain
 from dora_ext.testing import DEVICES
@@ -90,12 +91,9 @@ def test_weight_gets_no_gradient():
 @pytest.mark.parametrize("magnitude", [True, False])
 @pytest.mark.parametrize("parameters", [True, False])
 def test_saves_the_base_result_where_the_magnitude_needs_it(magnitude, parameters):
-    t, saved = problem(), []
-    if parameters:
-        t |= {k: Parameter(v.detach(), requires_grad=k != "weight") for k, v in t.items() if k != "x"}
+    t = as_parameters(problem()) if parameters else problem()
     t["magnitude"].requires_grad_(magnitude)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        dora_conv(**t, scaling=1.5)
+    saved = seen_by_hooks(partial(dora_conv, **t, scaling=1.5))
     weight_A_B = [(8, 12, 3, 2), (4, 12, 3, 2), (8, 4, 1, 1)]
     x_h = [(3, 12, 9, 8), (3, 4, 7, 7)]
     assert saved == x_h + [(3, 8, 7, 7)] * magnitude + weight_A_B * (not parameters)

@@ -5,15 +5,16 @@ from functools import partial
 import pytest
 import torch
 from autograd_cases import (
+    as_parameters,
     backward_again_needs_retain_graph,
     constants_get_no_gradient,
     makes_no_graph_without_need,
     opcheck_kept,
     refuses_second_and_forward_derivatives,
+    seen_by_hooks,
     with_compiled_autograd,
 )
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from dora_ext.ops import dora_linear
@@ -72,12 +73,9 @@ def test_no_graph_without_need():
 @pytest.mark.parametrize("parameters", [True, False])
 def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitude, parameters):
     """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
-    t, saved = problem(), []
-    if parameters:
-        t |= {k: Parameter(v.detach(), requires_grad=k != "weight") for k, v in t.items() if k != "x"}
+    t = as_parameters(problem()) if parameters else problem()
     t["magnitude"].requires_grad_(magnitude)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        dora_linear(**t, scaling=2.0)
+    saved = seen_by_hooks(partial(dora_linear, **t, scaling=2.0))
     weight_A_B_bias = [(24, 40), (8, 40), (24, 8), (24,)]
     assert saved == [(5, 13, 40), (65, 8)] + [(5, 13, 24)] * magnitude + weight_A_B_bias * (not parameters)
 
@@ -85,7 +83,7 @@ def test_saves_no_constants_and_the_output_where_the_magnitude_needs_it(magnitud
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("changed", ["weight", "lora_A", "lora_B", "bias"])
 def test_a_parameter_overwritten_before_backward_is_an_error(checkpointing, changed):
-    t = {k: v.detach() if k == "x" else Parameter(v.detach()) for k, v in problem().items()}
+    t = as_parameters(problem())
     layer = partial(dora_linear, **t, scaling=2.0)
     y = checkpoint(layer, use_reentrant=False) if checkpointing else layer()
     with torch.no_grad():
@@ -96,7 +94,7 @@ def test_a_parameter_overwritten_before_backward_is_an_error(checkpointing, chan
 
 def test_a_copy_made_for_one_call_is_free_after_backward():
     """autocast's copy of a wider weight, though the node is still there."""
-    t = {k: Parameter(v.detach()) for k, v in problem().items()}
+    t = as_parameters(problem())
     copies = []
 
     def pack(t):
@@ -144,7 +142,7 @@ def test_compiled_autograd(overwritten):
 
 
 def test_compiled_autograd_of_held_parameters():
-    t = {k: Parameter(v.detach(), requires_grad=k != "weight") for k, v in problem().items()}
+    t = as_parameters(problem())
 
     def forward():
         return checkpoint(partial(dora_linear, **t, scaling=1.5), use_reentrant=False)

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from autograd_cases import (
+    as_parameters,
     backward_again_needs_retain_graph,
     opcheck_kept,
     refuses_second_and_forward_derivatives,
+    seen_by_hooks,
     with_compiled_autograd,
 )
 from nf4_cases import DTYPES, Dequantisations, norm_tolerance
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from dora_ext import reference
@@ -189,11 +190,8 @@ def test_overwritten_results_and_weights():
 def test_saves_no_constants(parameters):
     """Under activation checkpointing each saved tensor costs the host as much as a small launch."""
     q, t = problem()
-    saved = []
-    if parameters:
-        t |= {n: Parameter(v.detach()) for n, v in t.items() if n != "x"}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5)
+    t = as_parameters(t) if parameters else t
+    saved = seen_by_hooks(lambda: dora_linear_nf4(t["x"], q, *(t[n] for n in NAMES[1:]), scaling=1.5))
     expected = ["x", "h", "y"] + ["packed", "A", "B", "bias"] * (not parameters)
     assert q.nested and len(saved) == len(expected)
 

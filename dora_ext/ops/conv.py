@@ -63,9 +63,7 @@ def dora_conv(
         norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x = x.to(dtype)
-        if weight.dtype != dtype:
-            weight = weight.detach().to(dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
         raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
     stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)

@@ -96,9 +96,7 @@ def dora_linear(
             norm, gain = norm_and_gain(
                 weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed, cache=cache
             )
-        x = x.to(dtype)
-        if weight.dtype != dtype:
-            weight = weight.detach().to(dtype)
+        x, weight = x.to(dtype), weight.to(dtype)
     state = ()
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])
