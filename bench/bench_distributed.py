@@ -5,8 +5,8 @@
 Every rank has its own tokens. Each method is timed on all ranks, and on rank 0 alone while the others wait: the
 scaling efficiency is the time alone over the time together. Methods take turns, there and back, since what runs first
 in a process may be slower for it; times are medians over a method's steps in all turns. Random weights; adapters in
-float32 on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, AdamW. On a CPU, with
---quick, over gloo.
+float32 on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, fused AdamW. On a
+CPU, with --quick, over gloo.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def measure(method: str, args: argparse.Namespace, device: torch.device, group) 
     with switch:
         model = spread(adapted(method, args, device), args, device, group)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         times = Times(device)
         losses = []
         for step in range(args.warmup + args.steps):

@@ -1,7 +1,7 @@
 // norm: n = |W + s B A| per output feature. Which kernel computes it for which dtype, rank and device, and its launch.
 //
 //   fp16, bf16   rank <= 64   norm_rows.cuh, norm_columns.cuh   W goes from memory into registers, once
-//                17 to 512    norm_hopper.cuh                   on Hopper, W (out, in): a product by wgmma
+//                16 to 512    norm_hopper.cuh                   on Hopper, W (out, in): a product by wgmma
 //                any          norm_high_rank.cuh                a product in chunks of the rank; also odd sizes
 //   fp32, fp64                norm_fma.cuh
 //   norm_cached               norm_fingerprint.cuh decides on the device whether the above has anything to do
@@ -98,8 +98,7 @@ bool plan_hopper(NormPlan<T>& plan, const NormProblem<T>& p, const NormDevice& d
   const int slots = Tile::slots(p.rank, device.shared_bytes);
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;
-  // norm_rows.cuh is as soon done with rank 16, and with a W of few tiles.
-  if (p.rank <= 16 || (p.rank <= 64 && tiles < device.multiprocessors)) return false;
+  if (p.rank < 16) return false;  // norm_rows.cuh is as soon done
   // With fewer slots the tensor cores wait for them. The tensor maps count in int.
   if (device.capability != 90 || !has_norm_hopper_kernel<T>() || slots < 3 || p.rank % 8 != 0 || tiles == 0 ||
       reinterpret_cast<uintptr_t>(p.lora_B) % 16 != 0 || std::max(p.in, p.out) > INT32_MAX - 512) {
@@ -164,7 +163,7 @@ void launch_norm(const NormPlan<T>& plan, const NormProblem<T>& p, cudaStream_t 
   const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
   const auto launch = [&](auto* kernel, const auto&... args) {
     allow_shared(kernel, plan.shared_bytes);
-    kernel<<<grid, plan.threads, plan.shared_bytes, stream>>>(args...);
+    launch_beside(kernel, grid, plan.threads, plan.shared_bytes, stream, args...);
   };
   if constexpr (sizeof(T) == 2) {
     if (plan.slots > 0) {

@@ -33,7 +33,7 @@ template <typename T, typename Tile, int kResident>
 __global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_columns_kernel(NormProblem<T> p, int64_t tiles_per_block) {
   constexpr int KT = Tile::KT, kPairs = Tile::kPieces * Tile::kPairs;
-  if (!is_stale(p.fingerprint)) return;
+  if (!norm_begins(p.fingerprint)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t feature0 = blockIdx.y * static_cast<int64_t>(Tile::kBlockColumns) + warp * Tile::kColumns;
   const int64_t row0 = blockIdx.x * tiles_per_block * 16;

@@ -31,6 +31,13 @@ __device__ __forceinline__ bool is_stale(const int64_t* fingerprint) {
   return fingerprint == nullptr || (fingerprint[2] >> 32) != 0;
 }
 
+// A norm kernel's first step, beside the launch before it: is there anything to compute?
+__device__ __forceinline__ bool norm_begins(const int64_t* fingerprint) {
+  allow_next_launch();  // the finish is set up meanwhile
+  wait_for_previous_launch();
+  return is_stale(fingerprint);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Device pieces
 

@@ -107,6 +107,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFingerprintThreads)
     fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, const T* lora_A, int64_t size_A, const T* lora_B,
                        int64_t size_B, double scaling, int64_t epoch, unsigned long long* fingerprint) {
+  allow_next_launch();
   uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
                   hash_sample(weight, rows, columns, 3ull << 60);
   if (blockIdx.x == 0 && threadIdx.x == 0) {

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(256) norm_fma_kernel(NormProblem<T> p, int64_t
   __shared__ __align__(16) T long_chunk[Tile::kChunk][Tile::kPitchLong];
   __shared__ __align__(16) T short_chunk[Tile::kChunk][Tile::kPitchShort];
   __shared__ T scratch[16][Tile::kFeatures];
-  if (!is_stale(p.fingerprint)) return;
+  if (!norm_begins(p.fingerprint)) return;
 
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
   const int64_t feature0 = static_cast<int64_t>(blockIdx.x) * Tile::kFeatures;

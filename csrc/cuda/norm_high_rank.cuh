@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(32 * WM * WN, kHighRankBlocks<NT>)
   using Tile = WalkTile<WM, WN, NT>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ float scratch[Tile::kWarpsN * Tile::kRows];
-  if (Tile::kLeastBytes > kSharedLimit || !is_stale(p.fingerprint)) return;
+  if (Tile::kLeastBytes > kSharedLimit || !norm_begins(p.fingerprint)) return;
   const bool aligned_B = Aligned && p.rank % 8 == 0 && reinterpret_cast<uintptr_t>(p.lora_B) % 16 == 0;
   const int64_t columns = (p.in + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t all_tiles = (p.out + Tile::kRows - 1) / Tile::kRows * columns;

@@ -1,4 +1,4 @@
-// The norm of fp16 and bf16 weights for ranks above 16 on Hopper: tiles of lora_B A by wgmma, whose sums meet W in
+// The norm of fp16 and bf16 weights for ranks from 16 on, on Hopper: tiles of lora_B A by wgmma, whose sums meet W in
 // registers. For sm_90a; W (out, in).
 //
 // A block is three warpgroups: two multiply, 64 rows each of a tile of 128 x 256, and one thread of the third keeps the
@@ -11,13 +11,16 @@
 // The warpgroups need not keep in step: while one adds up squares, the other may multiply. What a block leaves in
 // `partials`: norm_high_rank.cuh.
 //
-// H100, 14336 x 4096, bf16, us with the finish (reading W alone takes 39):
-//   rank                  16   32   64   72   128   256   384   512
-//   here                  49   49   49   57    52    60    79   104
-//   norm_rows.cuh         46   49   67
-//   norm_high_rank.cuh                   70    81   140   193   242
-// The finish of norm_rows.cuh's row was 2 us faster already: this wins from rank 32 on. Past 64 it won at every size
-// down to 1024 x 1024, by a fifth or more there. Making one warpgroup run ahead changed nothing.
+// H200, bf16, us with the finish; a copy of W's bytes takes 3.2, 12.8 and 45:
+//   rank                            8     16     32     64    128    384
+//   2048 x 2048   here           10.8   10.6   10.5   10.1   10.3   12.6
+//                 norm_rows.cuh  10.9   11.3   13.3   12.4
+//   4096 x 4096   here           20.0   19.7   19.4   19.3   21.0   31.5
+//                 norm_rows.cuh  19.6   20.1
+//   14336 x 4096  here           46.0   44.6   44.5   44.8   47.1   78.5
+//                 norm_rows.cuh  44.2   44.3
+// norm_high_rank.cuh takes more than twice as long above rank 128 (H100, 14336 x 4096). Making one warpgroup run ahead
+// changed nothing, nor did a ring of two tiles instead of one.
 #pragma once
 
 #include "launches.cuh"
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(HopperNorm::kThreads, 1)
                        int slots) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char norm_shared[];
-  if (!is_stale(p.fingerprint)) return;
+  if (!norm_begins(p.fingerprint)) return;
   const HopperNormWalk walk(p.out, p.in, p.rank, tiles_per_block, slots, shared_address(norm_shared));
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < slots; ++slot) {

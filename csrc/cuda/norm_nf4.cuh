@@ -25,7 +25,7 @@ struct NormNf4Plan {
     if (strips == 0) return;  // in = 0
     allow_shared(kernel, shared_bytes);
     const dim3 grid(static_cast<unsigned>(chunks.count), static_cast<unsigned>(strips));
-    kernel<<<grid, threads, shared_bytes, stream>>>(p, matrix, chunks.tiles);
+    launch_beside(kernel, grid, threads, shared_bytes, stream, p, matrix, chunks.tiles);
   }
 };
 
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kFingerprintThreads)
     fingerprint_nf4_kernel(const uint8_t* packed, Nf4Scales scales, Nf4Sizes sizes, const T* lora_A, int64_t size_A,
                            const T* lora_B, int64_t size_B, double scaling, int64_t settings, int64_t epoch,
                            unsigned long long* fingerprint) {
+  allow_next_launch();
   uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
                   hash_sample(packed, sizes.rows, sizes.columns, 3ull << 60);
   if (scales.nested_absmax == nullptr) {

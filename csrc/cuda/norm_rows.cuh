@@ -260,8 +260,7 @@ template <typename T, typename Tile, int kResident>
 __global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_rows_kernel(NormProblem<T> p, int64_t tiles_per_block) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  allow_next_launch();
-  if (!is_stale(p.fingerprint)) return;
+  if (!norm_begins(p.fingerprint)) return;
   DenseRows<T, Tile> source{p};
   walk_rows<false, Tile>(p, tiles_per_block, source, reinterpret_cast<float*>(shared_bytes));
 }

@@ -228,8 +228,7 @@ template <typename T, typename Tile, int kResident, bool Nested, bool Folded>
 __global__ void __launch_bounds__(Tile::kThreads, kRowBlocks<kResident>)
     norm_nf4_rows_kernel(NormProblem<T> p, Nf4Matrix matrix, int64_t tiles_per_block) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  allow_next_launch();
-  if (kNf4TableBytes >= kSharedLimit || !is_stale(p.fingerprint)) return;
+  if (kNf4TableBytes >= kSharedLimit || !norm_begins(p.fingerprint)) return;
   Nf4Rows<T, Tile, Nested> source{p, matrix, shared_bytes};
   const uint32_t of_B = static_cast<uint32_t>(tiles_per_block) * Nf4Shared<Tile>::kTileOfB;
   unsigned char* sums = shared_bytes + kept(Nf4Shared<Tile>::kOwn + of_B);
