@@ -40,15 +40,13 @@ def hold_past_hooks(tensors: Iterable[Tensor | None]) -> bool:
     """Hooks on saved tensors are at work (activation checkpointing), and these need not go through them: all are a
     module's own parameters, which backward finds as forward left them. No copy made for one call is, no replacement by
     torch.func.functional_call, and nothing that ZeRO-3 empties in between. Not for torch.compile."""
-    if torch.compiler.is_compiling() or not _hooks_at_work():
+    if torch.compiler.is_compiling() or _top_hooks(True) is None:
         return False
     return all(t is None or (isinstance(t, nn.Parameter) and not is_partitioned(t)) for t in tensors)
 
 
-def _hooks_at_work() -> bool:
-    # torch has no public question for it; without an answer, they are.
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+# torch has no public question for hooks on saved tensors; without an answer, they are at work.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _ignore_tracing: True)
 
 
 def is_sharded(t: Tensor) -> bool:

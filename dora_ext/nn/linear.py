@@ -14,7 +14,7 @@ from ..ops import dora_linear, norm_and_gain, norm_and_gain_nf4
 from ..ops._registry import autocast_dtype, without_autocast
 from ..ops.linear import add_product
 from ..ops.linear_nf4 import linear_packed, linear_unpacked
-from .base import ADAPTER, DoraBase
+from .base import ADAPTER, DoraBase, parameter_of
 from .base_weight import dense_in, dense_weight, has_dense_weight, packed_weight
 from .nf4_linear import NF4Linear, requantised_like
 
@@ -140,7 +140,8 @@ class DoraLinear(DoraBase):
 
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         modules = self._modules  # every forward comes here: nn.Module's own look-up costs several times as much
-        return modules["lora_A"]._modules[ADAPTER].weight, modules["lora_B"]._modules[ADAPTER].weight
+        lora_A, lora_B = modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
+        return parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
 
     def _effective_weight(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         delta = self.scaling * (lora_B @ lora_A)
@@ -167,13 +168,14 @@ class DoraLinear(DoraBase):
 
     def _forward(self, x: Tensor) -> Tensor:
         base = self._modules["base_layer"]
-        weight, adapter = base.weight, (*self._factors(), self.magnitude)
+        weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
+        adapter = (*self._factors(), self.magnitude)
         self._refuse_shards(weight, *adapter)
         options = {"scaling": self.scaling, "transposed": self.transposed, "cache": self.norm_cache}
         if not (self.training and self.dropout):
-            return dora_linear(x, weight, *adapter, base.bias, **options)
+            return dora_linear(x, weight, *adapter, bias, **options)
         dropped = F.dropout(x, self.dropout)
-        y = dora_linear(dropped, weight, *adapter, base.bias, **options)
+        y = dora_linear(dropped, weight, *adapter, bias, **options)
         return add_product(y, x - dropped, weight if self.transposed else weight.T)
 
     def _quantised_forward(self, x: Tensor) -> Tensor:
