@@ -47,7 +47,7 @@ class DoraBase(nn.Module):
         quantised: the base layer's weight is packed; it is unpacked for each product.
         norm_cache: the norm as of the last forward, not part of the state_dict.
 
-    A subclass says which base layers it takes (`_check_base`), makes A and B (`_add_factors`), and has `_factors`,
+    A subclass says which base layers it takes (`_check_base`), makes A and B (`_add_factors`), and has
     `_effective_weight` and `forward`. `transposed` says that W is (in, out).
     """
 
@@ -114,6 +114,11 @@ class DoraBase(nn.Module):
             raise TypeError(
                 f"{name}: layer: expected a weight in bfloat16, float16, float32 or float64, got {weight.dtype}"
             )
+
+    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        modules = self._modules  # every forward comes here: nn.Module's own look-up costs several times as much
+        lora_A, lora_B = modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
+        return parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
 
     @property
     def magnitude(self) -> nn.Parameter:

@@ -107,9 +107,6 @@ class _DoraConvNd(DoraBase):
     def _magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
         return (1, weight.shape[0], *([1] * (weight.dim() - 2)))
 
-    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-
     def _effective_weight(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         effective = dense_kernel(weight, self.groups) + self.scaling * delta_weight(lora_A, lora_B)
         return gain.view(-1, *([1] * (weight.dim() - 1))) * effective

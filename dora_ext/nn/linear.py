@@ -138,11 +138,6 @@ class DoraLinear(DoraBase):
     def _magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
         return (self.out_features,)
 
-    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        modules = self._modules  # every forward comes here: nn.Module's own look-up costs several times as much
-        lora_A, lora_B = modules["lora_A"]._modules[ADAPTER], modules["lora_B"]._modules[ADAPTER]
-        return parameter_of(lora_A, "weight"), parameter_of(lora_B, "weight")
-
     def _effective_weight(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         delta = self.scaling * (lora_B @ lora_A)
         return gain * (weight + delta.T) if self.transposed else gain[:, None] * (weight + delta)
