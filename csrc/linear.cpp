@@ -11,6 +11,7 @@
 #include "aligned.h"
 #include "check_decode.h"
 #include "check_linear.h"
+#include "factors.h"
 #include "inside_op.h"
 #include "layer_products.h"
 #include "products.h"
@@ -51,17 +52,22 @@ void magnitude_grad_recover_op_(Tensor& grad_magnitude, const Tensor& grad_y, co
   op.call(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed, beside);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, const Tensor& weight,
-                                                   const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-                                                   const OptionalTensor& bias, const OptionalTensor& gain,
-                                                   double scaling, bool transposed, const KeptNorms* kept) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, const Tensor& weight, Tensor lora_A,
+                                                   Tensor lora_B, const Tensor& magnitude, const OptionalTensor& bias,
+                                                   const OptionalTensor& gain, double scaling, bool transposed,
+                                                   const KeptNorms* kept) {
   InsideOp guard;
   check_linear(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, transposed);
   if (gain) check_feature(op, "gain", *gain, lora_B.size(0), weight);
   const Tensor tokens = as_tokens(x);
   const bool decodes = !transposed && decode_fits(tokens, weight);
+  const bool one_op = !gain && !transposed && !decodes && one_forward_with_norms(tokens, weight, lora_A);
+  // Once, for whoever needs them so; decoding does not.
+  if (!one_op && !decodes && cast_factors_fits(lora_A, lora_B, x.scalar_type())) {
+    std::tie(lora_A, lora_B) = cast_factors(lora_A, lora_B, x.scalar_type());
+  }
   Tensor y, h, n, g;
-  if (!gain && !transposed && !decodes && one_forward_with_norms(tokens, weight, lora_A)) {
+  if (one_op) {
     std::tie(y, h, n, g) = forward_products_with_norms(tokens, weight, lora_A, lora_B, magnitude, bias, scaling, kept);
   } else if (gain) {
     // An op whose schema declares no alias must not return its arguments; the caller has them.

@@ -7,6 +7,8 @@
 
 #include "autograd_node.h"
 #include "check.h"
+#include "decode.h"
+#include "factors.h"
 #include "inside_op.h"
 
 namespace dora_ext {
@@ -49,9 +51,15 @@ struct Results {
   Tensor total, y, h, norm, gain;  // total = y + rest W^T
 };
 
-Results forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-                const OptionalTensor& bias, const OptionalTensor& rest, const Constants& c) {
+Results forward(const Tensor& x, Tensor lora_A, Tensor lora_B, const Tensor& magnitude, const OptionalTensor& bias,
+                const OptionalTensor& rest, const Constants& c) {
   InsideOp guard;
+  // Once, for the norm and for the product; decoding reads them as they are. A tensor that is being traced has no data.
+  const bool is_real = !x.key_set().has(c10::DispatchKey::Python);
+  if (is_real && x.dim() > 0 && x.numel() > kDecodeTokens * x.size(-1) && x.scalar_type() == c.dtype &&
+      cast_factors_fits(lora_A, lora_B, c.dtype)) {
+    std::tie(lora_A, lora_B) = cast_factors(lora_A, lora_B, c.dtype);
+  }
   static auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef, at::ScalarType, const OptionalTensor&,
       const OptionalTensor&, const OptionalTensor&, int64_t, const Tensor&, const Tensor&, const Tensor&,

@@ -113,6 +113,10 @@ TORCH_LIBRARY(dora_ext, m) {
       " Tensor gain, float scaling, int[] stride, int[] padding, int[] dilation, int groups,"
       " bool held=False) -> Tensor");
 
+  // lora_A and lora_B, float32, in `dtype`, bfloat16 or float16. Contiguous, of a multiple of 4 numbers, on 16 bytes.
+  // CUDA only.
+  m.def("cast_factors(Tensor lora_A, Tensor lora_B, ScalarType dtype) -> (Tensor, Tensor)");
+
   // weight (out, in), each row times its gain (out,), rounded once. bfloat16 or float16, contiguous, rows of a multiple
   // of 16 bytes that start on 16 bytes. CUDA only.
   m.def("scale_rows(Tensor weight, Tensor gain) -> Tensor");

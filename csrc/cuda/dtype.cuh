@@ -40,6 +40,17 @@ __device__ __forceinline__ T narrow(Acc v) {
   }
 }
 
+// In half precision, as they lie in memory.
+template <typename T>
+__device__ __forceinline__ uint64_t narrow_four(float4 v) {
+  static_assert(sizeof(T) == 2, "four in 8 bytes");
+  union {
+    T numbers[4];
+    uint64_t word;
+  } to = {{narrow<T>(v.x), narrow<T>(v.y), narrow<T>(v.z), narrow<T>(v.w)}};
+  return to.word;
+}
+
 enum class Dtype : int { kBFloat16, kHalf, kFloat, kDouble };
 
 // A vector per feature (magnitude, bias) of any float dtype: read once per feature, so a branch costs less than a

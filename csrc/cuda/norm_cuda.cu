@@ -10,10 +10,17 @@
 #include "norm_launch.h"
 
 namespace dora_ext {
+namespace {
+
+WideFactors wide_factors(const FactorsToCast* cast) {
+  return cast == nullptr ? WideFactors{} : WideFactors{data<float>(cast->A), data<float>(cast->B)};
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                                        const Tensor& magnitude, double scaling, bool transposed,
-                                        const KeptNorms* kept) {
+                                        const Tensor& magnitude, double scaling, bool transposed, const KeptNorms* kept,
+                                        const FactorsToCast* cast) {
   const auto options = weight.options().dtype(accumulate_type(weight.scalar_type()));
   const int64_t out = lora_B.size(0), in = lora_A.size(1);
   Tensor norm = at::empty({out}, options), gain = at::empty({out}, options);
@@ -42,7 +49,8 @@ std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora
     problem.partials = mutable_data<Acc>(partials);
 
     if (marks != nullptr)
-      launch_fingerprint(problem, transposed, scaling, kept->epoch, marks, device.multiprocessors, stream);
+      launch_fingerprint(problem, wide_factors(cast), transposed, scaling, kept->epoch, marks, device.multiprocessors,
+                         stream);
     launch_norm(plan, problem, stream);
     launch_norm_finish<Acc>(problem.partials, plan.splits.count, out, feature_vector(m), marks, stored,
                             mutable_data<Acc>(norm), mutable_data<Acc>(gain), stream);
@@ -52,7 +60,7 @@ std::tuple<Tensor, Tensor> launch_norms(const Tensor& weight, const Tensor& lora
 }
 
 void launch_fingerprint_alone(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                              const KeptNorms& kept) {
+                              const KeptNorms& kept, const FactorsToCast* cast) {
   switch_dtype(weight.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     NormProblem<T> problem{};
@@ -62,8 +70,8 @@ void launch_fingerprint_alone(const Tensor& weight, const Tensor& lora_A, const 
     problem.out = weight.size(0);
     problem.in = problem.pitch_A = weight.size(1);
     problem.rank = static_cast<int>(lora_A.size(0));
-    launch_fingerprint(problem, /*transposed=*/false, scaling, kept.epoch, mutable_data<int64_t>(kept.fingerprint),
-                       multiprocessors(), current_stream());
+    launch_fingerprint(problem, wide_factors(cast), /*transposed=*/false, scaling, kept.epoch,
+                       mutable_data<int64_t>(kept.fingerprint), multiprocessors(), current_stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -74,7 +82,7 @@ std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A,
                                      const Tensor& magnitude, double scaling, bool transposed) {
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
   const c10::cuda::CUDAGuard guard(weight.device());
-  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr);
+  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
@@ -83,7 +91,7 @@ std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& 
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
   const c10::cuda::CUDAGuard guard(weight.device());
   const KeptNorms kept{cached, fingerprint, epoch};
-  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, &kept);
+  return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, &kept, nullptr);
 }
 
 }  // namespace

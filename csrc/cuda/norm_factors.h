@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 
+#include "../factors.h"
 #include "launch.h"
 
 namespace dora_ext {
@@ -14,8 +15,8 @@ struct NormFactors {
 
   // Rows that don't start on 16 bytes keep W off the fast path, and W is larger: 16-bit columns of A come in eights
   // where `pad_columns` says so, and ranks above 16, of which a lane loads eight at once, do always.
-  NormFactors(const at::Tensor& lora_A, const at::Tensor& lora_B, at::ScalarType dtype, bool pad_columns)
-      : A(lora_A.to(dtype)), B(lora_B.to(dtype)) {
+  NormFactors(const at::Tensor& lora_A, const at::Tensor& lora_B, at::ScalarType dtype, bool pad_columns) {
+    std::tie(A, B) = cast_factors(lora_A, lora_B, dtype);
     const int64_t rank = A.size(0), in = A.size(1);
     if (A.element_size() == 2) {
       const int64_t columns = pad_columns ? (in + 7) / 8 * 8 - in : 0;

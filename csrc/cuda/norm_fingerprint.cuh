@@ -45,6 +45,25 @@ __device__ __forceinline__ uint64_t hash_all(const T* v, int64_t size, uint64_t 
   return hash;
 }
 
+// lora_A or lora_B as fp32 numbers, of which it is to be made on the way; null: it is there already.
+template <typename T>
+__device__ __forceinline__ uint64_t hash_factor(T* v, int64_t size, uint64_t salt, const float* wide) {
+  if constexpr (sizeof(T) == 2) {
+    if (wide != nullptr) {
+      const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+      const int64_t threads = gridDim.x * static_cast<int64_t>(blockDim.x);
+      uint64_t hash = 0;
+      for (int64_t i = thread; i < size / 4; i += threads) {
+        const uint64_t word = narrow_four<T>(reinterpret_cast<const float4*>(wide)[i]);
+        reinterpret_cast<uint64_t*>(v)[i] = word;
+        hash += mix_word(word, salt + i);
+      }
+      return hash;
+    }
+  }
+  return hash_all(v, size, salt);
+}
+
 // Four numbers of every row and four of every column of W (rows, columns). Neighbouring columns share their row, so
 // that a warp reads one stretch of memory.
 template <typename T>
@@ -102,13 +121,19 @@ inline unsigned fingerprint_blocks(int64_t work, int multiprocessors) {
       std::clamp<int64_t>((work + kFingerprintThreads - 1) / kFingerprintThreads, 1, 4 * multiprocessors));
 }
 
+// A and B in fp32, contiguous, of multiples of 4 numbers, on 16 bytes; null where there is nothing to be made.
+struct WideFactors {
+  const float *A = nullptr, *B = nullptr;
+};
+
 // W (rows, columns) as it lies in memory, A (rank, in), B (out, rank).
 template <typename T>
 __global__ void __launch_bounds__(kFingerprintThreads)
-    fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, const T* lora_A, int64_t size_A, const T* lora_B,
-                       int64_t size_B, double scaling, int64_t epoch, unsigned long long* fingerprint) {
+    fingerprint_kernel(const T* weight, int64_t rows, int64_t columns, T* lora_A, int64_t size_A, T* lora_B,
+                       int64_t size_B, WideFactors wide, double scaling, int64_t epoch,
+                       unsigned long long* fingerprint) {
   allow_next_launch();
-  uint64_t hash = hash_all(lora_A, size_A, 1ull << 60) + hash_all(lora_B, size_B, 2ull << 60) +
+  uint64_t hash = hash_factor(lora_A, size_A, 1ull << 60, wide.A) + hash_factor(lora_B, size_B, 2ull << 60, wide.B) +
                   hash_sample(weight, rows, columns, 3ull << 60);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     hash += mix_word(__double_as_longlong(scaling), 4ull << 60) + mix_word(epoch, (4ull << 60) + 1);
@@ -117,13 +142,13 @@ __global__ void __launch_bounds__(kFingerprintThreads)
 }
 
 template <typename T>
-void launch_fingerprint(const NormProblem<T>& p, bool transposed, double scaling, int64_t epoch, int64_t* fingerprint,
-                        int multiprocessors, cudaStream_t stream) {
+void launch_fingerprint(const NormProblem<T>& p, const WideFactors& wide, bool transposed, double scaling,
+                        int64_t epoch, int64_t* fingerprint, int multiprocessors, cudaStream_t stream) {
   const int64_t rows = transposed ? p.in : p.out, columns = transposed ? p.out : p.in;
   const int64_t work = std::max<int64_t>(p.rank * (p.in + p.out) * sizeof(T) / 8, 4 * (rows + columns));
   fingerprint_kernel<T><<<fingerprint_blocks(work, multiprocessors), kFingerprintThreads, 0, stream>>>(
-      p.weight, rows, columns, p.lora_A, p.rank * p.pitch_A, p.lora_B, p.out * p.rank, scaling, epoch,
-      reinterpret_cast<unsigned long long*>(fingerprint));
+      p.weight, rows, columns, const_cast<T*>(p.lora_A), p.rank * p.pitch_A, const_cast<T*>(p.lora_B), p.out * p.rank,
+      wide, scaling, epoch, reinterpret_cast<unsigned long long*>(fingerprint));
 }
 
 }  // namespace dora_ext

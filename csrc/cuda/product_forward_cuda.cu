@@ -8,6 +8,7 @@
 
 #include "../check_linear.h"
 #include "../check_product.h"
+#include "../factors.h"
 #include "../products.h"
 #include "launch.h"
 #include "norm_launch.h"
@@ -46,7 +47,8 @@ struct Forward {
   Tensor y, h, scaled_h, gain;  // gain is made, or given
   Tensor norm, magnitude;       // where norms are made
   const KeptNorms* kept = nullptr;
-  bool beside = false;  // the launch before this one made nothing but the gain, or a fingerprint
+  bool beside = false;  // the launch before this one made nothing but the gain, or a fingerprint and A and B
+  bool casts = false;   // the fingerprint's launch makes A and B
 };
 
 template <typename T, int kRanks>
@@ -90,7 +92,7 @@ void run(const Forward& f) {
 
 // All but gain and norms.
 Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                const Tensor& feature, const OptionalTensor& bias, double scaling, bool want_norms) {
+                const Tensor& feature, const OptionalTensor& bias, double scaling, bool want_norms, bool fingerprints) {
   check_linear(op, x, weight, lora_A, lora_B, feature, bias, scaling, /*transposed=*/false);
   check_dim(op, "x", x, 2);
   Forward f{};
@@ -101,12 +103,20 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   const auto dtype = x.scalar_type();
   f.x = x;
   f.weight = weight;
-  f.A = aligned(in_dtype(lora_A, dtype), 16);
-  f.B = aligned(in_dtype(lora_B, dtype), 16);
+  const bool makes_h = f.first.of_h > 0;
+  // A product for h comes before the fingerprint.
+  f.casts = fingerprints && makes_h && cast_factors_fits(lora_A, lora_B, dtype);
+  if (f.casts) {
+    f.A = at::empty(lora_A.sizes(), x.options());
+    f.B = at::empty(lora_B.sizes(), x.options());
+  } else {
+    const auto [A, B] = cast_factors(lora_A, lora_B, dtype);
+    f.A = aligned(A, 16);
+    f.B = aligned(B, 16);
+  }
   if (bias) f.bias = in_dtype(*bias, at::kFloat);
   f.scaling = scaling;
   f.y = at::empty({x.size(0), weight.size(0)}, x.options());
-  const bool makes_h = f.first.of_h > 0;
   f.h = makes_h ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
   f.scaled_h = scaling == 1 ? f.h : makes_h ? at::empty_like(f.h) : f.h.mul(scaling);
   return f;
@@ -124,7 +134,7 @@ std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight,
                                           const Tensor& lora_B, const Tensor& gain, const OptionalTensor& bias,
                                           double scaling) {
   const c10::cuda::CUDAGuard guard(x.device());
-  Forward f = prepare("dora_ext::hopper_forward", x, weight, lora_A, lora_B, gain, bias, scaling, false);
+  Forward f = prepare("dora_ext::hopper_forward", x, weight, lora_A, lora_B, gain, bias, scaling, false, false);
   f.gain = in_dtype(gain, at::kFloat);
   run(f);
   return {f.y, f.h};
@@ -135,16 +145,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_norms(const char* op, const Tens
                                                       const Tensor& magnitude, const OptionalTensor& bias,
                                                       double scaling, const KeptNorms* kept) {
   const c10::cuda::CUDAGuard guard(x.device());
-  Forward f = prepare(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, true);
+  Forward f = prepare(op, x, weight, lora_A, lora_B, magnitude, bias, scaling, true, kept != nullptr);
   f.magnitude = magnitude.contiguous();
   f.kept = kept;
+  const FactorsToCast wide{lora_A, lora_B}, *cast = f.casts ? &wide : nullptr;
   if (f.first.of_norms > 0) {
     f.norm = at::empty({weight.size(0)}, x.options().dtype(at::kFloat));
     f.gain = at::empty_like(f.norm);
-    if (kept != nullptr) launch_fingerprint_alone(weight, f.A, f.B, scaling, *kept);
+    if (kept != nullptr) launch_fingerprint_alone(weight, f.A, f.B, scaling, *kept, cast);
     f.beside = kept != nullptr;
   } else {
-    std::tie(f.norm, f.gain) = launch_norms(weight, f.A, f.B, f.magnitude, scaling, /*transposed=*/false, kept);
+    std::tie(f.norm, f.gain) = launch_norms(weight, f.A, f.B, f.magnitude, scaling, /*transposed=*/false, kept, cast);
     f.beside = true;
   }
   run(f);

@@ -121,10 +121,10 @@ __device__ __forceinline__ void fetch_stretch(const HiddenFirst<T, kRanks>& f, c
   for (int index = tile.stretch; index < f.units + f.norms.units; index += p.first) {
     const Unit unit = unit_of(f, index);
     const int row = (unit.at * Tile::kCluster + static_cast<int>(cluster_rank())) * Tile::kRows;
+    wait_for_previous_launch();  // which may have made A and B, and says whether the norms are stale
     if (!unit.of_norms) {
       fetch_beside_A<Tile>(f, &maps.left, row, p.inner, place, shared, loaded, freed);
     } else if constexpr (kMakesNorms<Tile>) {
-      wait_for_previous_launch();
       if (is_stale(f.norms.fingerprint)) fetch_norms<Tile>(f, row, maps, p, place, shared, loaded, freed);
     }
   }

@@ -31,6 +31,11 @@ def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transpo
     return None
 
 
+@fake("cast_factors")
+def _(lora_A, lora_B, dtype):
+    return torch.empty_like(lora_A, dtype=dtype), torch.empty_like(lora_B, dtype=dtype)
+
+
 @fake("scale_rows")
 def _(weight, gain):
     return torch.empty_like(weight)
