@@ -1,12 +1,41 @@
 // The Python module object: importing it registers the ops (ops.cpp and the backends' files do so when they are
-// loaded) and tells how it was built. Everything else goes through torch.ops.dora_ext.
+// loaded) and tells how it was built. Everything else goes through torch.ops.dora_ext, but for what a NormCache asks of
+// its tensors in every forward.
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
 #include <string>
+#include <vector>
 
 #define DORA_EXT_STRING_(...) #__VA_ARGS__
 #define DORA_EXT_STRING(...) DORA_EXT_STRING_(__VA_ARGS__)
+
+namespace {
+
+namespace py = pybind11;
+
+// What tells tensors and their present values from others as far as the host can: their storages, eight bytes each,
+// and then for each its place there, dtype and version. Not the storage's address, for FSDP2 frees its memory and
+// allocates it again, and what it then holds is the same. None: one of them has no version, or no certain shape.
+// Asked for one by one in Python, these take as long as a launch.
+py::object places(const py::tuple& tensors) {
+  std::vector<int64_t> storages, others;
+  for (const py::handle item : tensors) {
+    if (!THPVariable_Check(item.ptr())) throw py::type_error("places: tensors: expected Tensors");
+    const at::Tensor& t = THPVariable_Unpack(item.ptr());
+    if (t.is_inference() || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return py::none();
+    storages.push_back(reinterpret_cast<intptr_t>(t.storage().unsafeGetStorageImpl()));
+    others.insert(others.end(), {t.storage_offset(), t._version(), static_cast<int64_t>(t.scalar_type()), t.dim()});
+    others.insert(others.end(), t.sizes().begin(), t.sizes().end());
+    others.insert(others.end(), t.strides().begin(), t.strides().end());
+  }
+  storages.insert(storages.end(), others.begin(), others.end());
+  return py::bytes(reinterpret_cast<const char*>(storages.data()), storages.size() * sizeof(int64_t));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of dora_ext";
@@ -14,4 +43,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("architectures") = DORA_EXT_STRING(DORA_EXT_ARCHITECTURES);  // "" in a CPU-only build, else "7.5,8.0,..."
   m.attr("compiler") = std::string("C++ ") + __VERSION__;
   m.attr("cxx_standard") = static_cast<long>(__cplusplus);
+  m.def("places", &places);
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import _load
 from .distributed import find_shard, shard_of
 
 _optimizer_steps = 0
@@ -28,12 +29,9 @@ def _count_step(*_args) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+_STORAGE = 8  # bytes of a storage in what _C.places gives
+
 NO_NORMS = (None, None, 0)  # in a state's place, before arguments that follow it: by name, they take a microsecond
-
-
-def _place(t: Tensor) -> tuple:
-    # Not the address: FSDP2 frees a storage's memory and allocates it again, and what it then holds is the same.
-    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
 
 
 class NormCache:
@@ -48,6 +46,7 @@ class NormCache:
         self._fingerprint: Tensor | None = None
         self._epoch = 0
         self._storages: tuple[StorageWeakRef, ...] = ()
+        self._storages_are = self._weight_is = b""
         self._key: tuple = ()
         self._shard = None
 
@@ -67,19 +66,24 @@ class NormCache:
         """(cached, fingerprint, epoch) for an op that takes them, norm_cached for one; () if nothing can be kept of
         these tensors, whose first is W."""
         weight = tensors[0]
-        if not self.usable(weight) or any(t.is_inference() for t in tensors):
+        if not self.usable(weight):
+            return ()
+        places = _load.module.places(tensors)
+        if places is None:  # tensors of inference mode have no version
             return ()
         # Not torch.cuda.current_stream(): making its object costs as much as a launch.
         stream = torch._C._cuda_getCurrentRawStream(weight.device.index) if weight.is_cuda else 0
-        storage = weight.untyped_storage()._cdata
-        if not self._key or storage != self._key[0][0][0]:
-            self._shard = find_shard(storage)
+        if places[:_STORAGE] != self._weight_is:
+            self._weight_is = places[:_STORAGE]
+            self._shard = find_shard(weight.untyped_storage()._cdata)
+        storages = places[: _STORAGE * len(tensors)]
         shard = shard_of(self._shard)
         if shard is not None:
             # An operation on the DTensor counts in its own version, one on the local tensor in that one's.
             constants = (*constants, shard._version)
             tensors = (*tensors, shard._local_tensor)
-        places = tuple([_place(t) for t in tensors])
+            of_shard = _load.module.places(tensors[-1:])
+            places, storages = places + of_shard, storages + of_shard[:_STORAGE]
         key = (places, constants, stream, _optimizer_steps)
         if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -89,7 +93,8 @@ class NormCache:
             else:
                 self._norm = torch.empty(out, dtype=dtype, device=weight.device)
                 self._fingerprint = torch.zeros(4, dtype=torch.int64, device=weight.device)
-            if not self._key or [p[0] for p in places] != [p[0] for p in self._key[0]]:
+            if storages != self._storages_are:
+                self._storages_are = storages
                 self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
             self._key = key
         return self._norm, self._fingerprint, self._epoch
