@@ -1,20 +1,24 @@
 // The Python module object: importing it registers the ops (ops.cpp and the backends' files do so when they are
-// loaded) and tells how it was built. Everything else goes through torch.ops.dora_ext, but for what a NormCache asks of
-// its tensors in every forward.
+// loaded) and tells how it was built. Everything else goes through torch.ops.dora_ext, but for what every forward of a
+// layer does: that takes the host longer than a launch.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
 #include <string>
 #include <vector>
 
+#include "python_call.h"
+
 #define DORA_EXT_STRING_(...) #__VA_ARGS__
 #define DORA_EXT_STRING(...) DORA_EXT_STRING_(__VA_ARGS__)
 
+namespace dora_ext {
 namespace {
 
 namespace py = pybind11;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // What tells tensors and their present values from others as far as the host can: their storages, eight bytes each,
 // and then for each its place there, dtype and version. Not the storage's address, for FSDP2 frees its memory and
@@ -35,7 +39,30 @@ py::object places(const py::tuple& tensors) {
   return py::bytes(reinterpret_cast<const char*>(storages.data()), storages.size() * sizeof(int64_t));
 }
 
+struct LinearName {
+  static constexpr const char* name = "dora_ext::linear";
+};
+struct LinearNf4Name {
+  static constexpr const char* name = "dora_ext::linear_nf4";
+};
+
+// Signatures: ops.cpp.
+constexpr auto linear = python_call<LinearName, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                    double, bool, const OptionalTensor&, const OptionalTensor&, int64_t, bool>;
+constexpr auto linear_nf4 =
+    python_call<LinearNf4Name, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef,
+                at::ScalarType, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+                const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, const OptionalTensor&,
+                const OptionalTensor&, const OptionalTensor&, int64_t, bool>;
+
+PyMethodDef methods[] = {
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, nullptr},
+    {"linear_nf4", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_nf4)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
+}  // namespace dora_ext
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of dora_ext";
@@ -43,5 +70,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("architectures") = DORA_EXT_STRING(DORA_EXT_ARCHITECTURES);  // "" in a CPU-only build, else "7.5,8.0,..."
   m.attr("compiler") = std::string("C++ ") + __VERSION__;
   m.attr("cxx_standard") = static_cast<long>(__cplusplus);
-  m.def("places", &places);
+  m.def("places", &dora_ext::places);
+  if (PyModule_AddFunctions(m.ptr(), dora_ext::methods) != 0) throw pybind11::error_already_set();
 }

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import _load
 from .._load import when_loaded
 
 
@@ -18,6 +19,15 @@ def fake(name: str) -> Callable[[Callable], Callable]:
         return fn
 
     return decorate
+
+
+def call_layer(name: str, *args):
+    """A layer's op, which is called in every forward, past what torch.ops takes the host for it."""
+    if not torch.compiler.is_compiling():
+        result = getattr(_load.module, name)(*args)
+        if result is not NotImplemented:
+            return result
+    return getattr(torch.ops.dora_ext, name).default(*args)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._load import require
 from ..distributed import hold_past_hooks
 from ..norm_cache import NO_NORMS, NormCache
-from ._registry import accumulate_dtype, autocast_dtype, fake
+from ._registry import accumulate_dtype, autocast_dtype, call_layer, fake
 from .norm import norm_and_gain
 
 
@@ -101,7 +101,7 @@ def dora_linear(
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])
     held = hold_past_hooks((weight, lora_A, lora_B, bias))
-    op = torch.ops.dora_ext.linear.default
-    return op(
-        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed, *(state or NO_NORMS), held
-    )
+    return call_layer(
+        "linear", x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), transposed,
+        *(state or NO_NORMS), held,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .._load import require
 from ..distributed import hold_past_hooks
 from ..norm_cache import NO_NORMS, NormCache
-from ._registry import autocast_dtype, fake, without_autocast
+from ._registry import autocast_dtype, call_layer, fake, without_autocast
 from .linear import add_product, asked_for
 from .nf4 import NF4Tensor
 from .norm_nf4 import kept_norms
@@ -181,5 +181,5 @@ def linear_packed(
     require()
     state = kept_norms(weight, *adapter[:2], scaling, cache)
     held = hold_past_hooks((*adapter, bias))
-    op = torch.ops.dora_ext.linear_nf4.default
-    return op(x, *weight.operands(), *adapter, bias, float(scaling), rest, *(state or NO_NORMS), held)
+    operands = weight.operands()
+    return call_layer("linear_nf4", x, *operands, *adapter, bias, float(scaling), rest, *(state or NO_NORMS), held)
