@@ -247,8 +247,8 @@ def test_load_just_in_time(bare_package):
     """A whole life of load() on the schemas and the module alone, which compile in seconds."""
     package, environment = bare_package
     (package / "csrc").mkdir()
-    for name in ("ops.cpp", "module.cpp"):
-        shutil.copy(CSRC / name, package / "csrc")
+    for source in (CSRC / "ops.cpp", CSRC / "module.cpp", *CSRC.glob("*.h")):
+        shutil.copy(source, package / "csrc")
     result = run_python("-c", LOAD_IN_A_NOTEBOOK, **environment, DORA_EXT_CUDA="0", MAX_JOBS="2")
     assert result.returncode == 0, result.stderr
     out = result.stdout
