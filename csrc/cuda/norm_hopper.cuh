@@ -15,9 +15,9 @@
 //   rank                            8     16     32     64    128    384
 //   2048 x 2048   here           10.8   10.6   10.5   10.1   10.3   12.6
 //                 norm_rows.cuh  10.9   11.3   13.3   12.4
-//   4096 x 4096   here           20.0   19.7   19.4   19.3   21.0   31.5
+//   4096 x 4096   here           20.0   19.7   19.4   19.3   20.2   31.5
 //                 norm_rows.cuh  19.6   20.1
-//   14336 x 4096  here           46.0   44.6   44.5   44.8   47.1   78.5
+//   14336 x 4096  here           46.0   44.6   44.5   44.8   46.6   78.5
 //                 norm_rows.cuh  44.2   44.3
 // norm_high_rank.cuh takes more than twice as long above rank 128 (H100, 14336 x 4096). Making one warpgroup run ahead
 // changed nothing, nor did a ring of two tiles instead of one.
