@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 -m bench.bench_distributed --engine fsdp2 --out fsdp2.json
 
-Every rank has its own tokens. Each method is timed on all ranks, and on rank 0 alone while the others wait: the
-scaling efficiency is the time alone over the time together. Methods take turns, there and back, since what runs first
-in a process may be slower for it; times are medians over a method's steps in all turns. Random weights; adapters in
-float32 on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, fused AdamW. On a
-CPU, with --quick, over gloo.
+Every rank has its own tokens. Each method is timed on all ranks, and on each rank alone while the others wait: the
+scaling efficiency is the slowest rank's time alone over the time together. Methods take turns, there and back, since
+what runs first in a process may be slower for it; times are medians over a method's steps in all turns. Random weights;
+adapters in float32 on all seven linear layers of each block under bfloat16 autocast, gradient checkpointing, fused
+AdamW. On a CPU, with --quick, over gloo.
 """
 
 import argparse
@@ -189,25 +189,27 @@ def with_turn(before: dict | None, turn: dict) -> dict:
     return (before or turn) | changed
 
 
-def summary(parts: list[dict], one: dict | None) -> dict:
-    """Of a method's results, of each rank and of rank 0 alone."""
+def summary(parts: list[dict], ones: list[dict]) -> dict:
+    """Of a method's results, of all ranks together and, if measured, of each alone. What they could do together is what
+    the slowest of them can do alone."""
     result: dict = {"ranks": parts}
     errors = [p["error"] for p in parts if "error" in p]
     if errors:
         return result | {"error": errors[0]}
     result["step_ms"] = max(p["step_ms"] for p in parts)
     result["peak_mib"] = max((p["peak_mib"] for p in parts if p["peak_mib"] is not None), default=None)
-    if one is not None:
-        result["alone"] = one
-        if "error" not in one:
-            result["efficiency"] = one["step_ms"] / result["step_ms"]
+    if ones:
+        result["each_alone"] = ones
+    if ones and not any("error" in one for one in ones):
+        result["alone"] = max(ones, key=lambda one: one["step_ms"])
+        result["efficiency"] = result["alone"]["step_ms"] / result["step_ms"]
     return result
 
 
 def compare(args: argparse.Namespace, device: torch.device, note, keep: Callable[[dict], None]) -> dict[str, dict]:
-    """Each method on all ranks and, if there are several, on rank 0 alone; `keep` gets what is there after each."""
+    """Each method on all ranks and, if there are several, on each alone; `keep` gets what is there after each."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    everyone, alone = dist.new_group(), dist.new_group([0])
+    everyone, alone = dist.new_group(), [dist.new_group([r]) for r in range(world)]
     results: dict[str, dict] = {}
     for turn in range(args.turns):
         for method in args.method if turn % 2 == 0 else reversed(args.method):
@@ -218,13 +220,17 @@ def compare(args: argparse.Namespace, device: torch.device, note, keep: Callable
             mine = with_turn(before["ranks"][rank] if before else None, attempt(method, args, device, everyone))
             parts: list = [None] * world
             dist.all_gather_object(parts, mine)
-            one: list = [None]
+            ones: list[dict] = []
             if world > 1 and not any("error" in p for p in parts):
-                note(f"{method}: 1 rank")
-                if rank == 0:
-                    one = [with_turn(before.get("alone"), attempt(method, args, device, alone))]
-                dist.broadcast_object_list(one, src=0)
-            results[method] = summary(parts, one[0])
+                for r in range(world):
+                    note(f"{method}: rank {r} alone")
+                    one: list = [None]
+                    if rank == r:
+                        earlier = before["each_alone"][r] if before else None
+                        one = [with_turn(earlier, attempt(method, args, device, alone[r]))]
+                    dist.broadcast_object_list(one, src=r)
+                    ones += one
+            results[method] = summary(parts, ones)
             keep(results)
     return {method: results[method] for method in args.method}
 

@@ -41,17 +41,19 @@ def test_the_methods_train_the_same_model(tmp_path, engine, base, methods, turns
     assert list(results) == methods
     for method, result in results.items():
         assert "error" not in result, f"{method}: {result}"
+        alone = result["each_alone"]
+        assert len(alone) == 2 and result["alone"] == max(alone, key=lambda one: one["step_ms"])
         assert result["efficiency"] == pytest.approx(result["alone"]["step_ms"] / result["step_ms"])
-        for one in (*result["ranks"], result["alone"]):
+        for one in (*result["ranks"], *alone):
             assert len(one["steps_ms"]) == turns * bench.QUICK["steps"]
             assert one["step_ms"] == statistics.median(one["steps_ms"])
-        losses = [torch.tensor(rank["losses"]) for rank in (*result["ranks"], result["alone"])]
+        losses = [torch.tensor(rank["losses"]) for rank in (*result["ranks"], *alone)]
         assert all(t.isfinite().all() for t in losses)
-        # B starts at 0: before the first step each method is the base model. Rank 0 alone has the same tokens.
+        # B starts at 0: before the first step each method is the base model. Alone, a rank has the same tokens.
         expected = results["peft_lora"]["ranks"]
-        for ours, theirs in zip(result["ranks"], expected, strict=True):
-            assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=2e-3)
-        assert result["alone"]["losses"][0] == pytest.approx(expected[0]["losses"][0], rel=2e-3)
+        for ours, one, theirs in zip(result["ranks"], alone, expected, strict=True):
+            for first in (ours["losses"][0], one["losses"][0]):
+                assert first == pytest.approx(theirs["losses"][0], rel=2e-3)
     counts = {method: result["ranks"][0]["trained"] for method, result in results.items()}
     lora = counts.pop("peft_lora")
     assert len(set(counts.values())) == 1 and counts["dora_ext"] > lora
@@ -67,9 +69,11 @@ def test_turns_are_put_together():
     assert twice == {"steps_ms": [3.0, 1.0, 9.0], "step_ms": 3.0, "peak_mib": 8.0, "trained": 5, "losses": [2.0]}
     error = {"error": "RuntimeError: out of luck"}
     assert bench.with_turn(once, error) == bench.with_turn(error, once) == error
-    assert bench.summary([once, error], once) == {"ranks": [once, error], **error}
-    result = bench.summary([once, twice], once)
-    assert (result["step_ms"], result["peak_mib"], result["efficiency"]) == (3.0, 8.0, 2.0 / 3.0)
+    assert bench.summary([once, error], [once]) == {"ranks": [once, error], **error}
+    result = bench.summary([once, twice], [once, once | {"step_ms": 2.5}])
+    assert (result["step_ms"], result["peak_mib"], result["efficiency"]) == (3.0, 8.0, 2.5 / 3.0)
+    assert "efficiency" not in bench.summary([once], [])
+    assert "efficiency" not in bench.summary([once, twice], [once, error])
 
 
 def test_a_methods_failure_is_a_result(tmp_path, monkeypatch):
