@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = shapes.LinearShape(8, 16, 24, 2)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/several_gpus.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/measured.md", "docs/several_gpus.md"])
 def test_tables_are_those_of_the_results(name):
     page = (ROOT / name).read_text()
     assert tables.MARKERS.search(page), f"{name} has no table markers"
