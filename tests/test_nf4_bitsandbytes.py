@@ -9,7 +9,7 @@ import pytest
 import torch
 from nf4_cases import BLOCKSIZES, DTYPES, reference_dequantize, same_bits, shapes, state_of, weights
 
-from dora_ext.ops import dequantize_nf4, from_bitsandbytes, quantize_nf4
+from dora_ext.ops import dequantize_nf4, from_bitsandbytes, nf4_bitsandbytes, quantize_nf4
 from dora_ext.ops.nf4 import CODEBOOK, DYNAMIC_MAP
 
 
@@ -174,10 +174,10 @@ def test_remembers_no_weight_that_is_gone():
     q = quantize_nf4(torch.randn(8, 40))
     weight = torch.nn.Parameter(q.packed[:, None], requires_grad=False)
     from_bitsandbytes(weight, state_of(q))
-    alive = weakref.ref(weight)
+    alive, before = weakref.ref(weight), len(nf4_bitsandbytes._readings)
     del weight
     gc.collect()
-    assert alive() is None
+    assert alive() is None and len(nf4_bitsandbytes._readings) == before - 1
 
 
 def test_refuses_corrupt_and_foreign_states(device):

@@ -14,17 +14,9 @@ from ..distributed import copy_whole, gathered, is_sharded, whole
 from ..norm_cache import NormCache
 from ..ops import norm_and_gain
 from ..ops._registry import accumulate_dtype, without_autocast
-from .base_weight import FLOAT_DTYPES, copy_with_weight, dense_weight
+from .base_weight import FLOAT_DTYPES, copy_with_weight, dense_weight, parameter_of
 
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
-
-
-def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>. nn.Module looks a parameter up in Python, which, in a forward and among all else, takes the host
-    three times what it takes alone."""
-    parameters = module._parameters
-    # By index, at which ZeRO-3 gathers it. A wrapper or a parametrization has it elsewhere.
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 class Magnitude(nn.Module):

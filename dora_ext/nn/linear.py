@@ -180,12 +180,12 @@ class DoraLinear(DoraBase):
         dtype = getattr(base, "compute_dtype", None) or (
             dense.dtype if packed is None else autocast_dtype(x) or x.dtype
         )
-        inputs = x.to(dtype) if x.is_floating_point() else x
+        inputs = x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
         dropped, rest = inputs, None
         if self.training and self.dropout:
             dropped = F.dropout(inputs, self.dropout)
             rest = inputs - dropped
-        adapter, bias, s = (*self._factors(), self.magnitude), getattr(base, "bias", None), self.scaling
+        adapter, bias, s = (*self._factors(), self.magnitude), parameter_of(base, "bias", None), self.scaling
         if packed is not None:
             y = linear_packed(dropped, packed, adapter, bias, scaling=s, cache=self.norm_cache, rest=rest)
         else:
@@ -193,7 +193,7 @@ class DoraLinear(DoraBase):
                 norm, gain = norm_and_gain(dense, *adapter, scaling=s)
                 again = partial(dense_in, base, dtype)
                 y = linear_unpacked(dropped, dense.to(dtype), again, adapter, bias, norm, gain, scaling=s, rest=rest)
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def to_base(self, dequantize: bool = True) -> nn.Module:
         """A plain layer with the adapter folded into its weight: of the base layer's type, or torch.nn.Linear in place

@@ -50,9 +50,9 @@ class NF4Linear(nn.Linear):
     @property
     def nf4(self) -> NF4Tensor:
         """The packed weight, sharing memory with this layer."""
-        shape = torch.Size((self.out_features, self.in_features))
-        nested = (self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize)
-        return NF4Tensor(self.weight, self.absmax, self.blocksize, shape, self.dtype, *nested)
+        shape, tensors = torch.Size((self.out_features, self.in_features)), self._buffers  # past nn.Module's look-up
+        nested = (tensors["nested_absmax"], tensors["nested_code"], tensors["offset"], self.nested_blocksize)
+        return NF4Tensor(tensors["weight"], tensors["absmax"], self.blocksize, shape, self.dtype, *nested)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize_nf4(self.nf4).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

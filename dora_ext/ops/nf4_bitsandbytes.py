@@ -1,6 +1,8 @@
 """Reading what bitsandbytes has quantised to NF4, and saying what is wrong with it where something is."""
 
-from operator import attrgetter, is_
+import weakref
+from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +39,13 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
         raise TypeError(f"from_bitsandbytes: weight: expected a tensor or a Linear4bit, got {type(weight).__name__}")
     state = getattr(weight, "quant_state", None) if quant_state is None else quant_state
     _require(state is not None, "weight: it has no quant_state; bitsandbytes quantises when a layer moves to a device")
-    data = weight.detach()  # a plain tensor: every look at a Params4bit goes through Python
-    reading = None if torch.compiler.is_compiling() else _Reading.of(data, state)
-    known = None if reading is None else _readings.get(weight)
-    if known is not None and known[0].same_as(reading):
-        return known[1]._replace(packed=_bytes_of(data))
+    tracing = torch.compiler.is_compiling()
+    data = weight.detach() if tracing else plain(weight)
+    reading = None if tracing else _Reading.of(data, state)
+    if reading is not None:
+        known = _readings.get(id(weight))
+        if known is not None and known.weight() is weight and known.reading.same_as(reading):
+            return NF4Tensor(_bytes_of(data), *known.rest)
     _require(state.quant_type == "nf4", f"quant_state: expected quant_type nf4, got {state.quant_type}")
     reordered = getattr(state, "packing_format_for_cpu", False)
     dtype = getattr(state, "original_dtype", state.dtype) if reordered else state.dtype
@@ -75,9 +79,16 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     q = NF4Tensor(packed, absmax, state.blocksize, shape, dtype, **nested)
     _check_sizes(q)
     if reading is not None and _shares_memory(q, data, state):
-        # Not the bytes: they would keep their weight alive, and with it this entry.
-        _readings[weight] = (reading, q._replace(packed=None))
+        key = id(weight)
+        forget = partial(_readings.pop, key, None)
+        _readings[key] = _Known(weakref.ref(weight, lambda _: forget()), reading, q[1:])
     return q
+
+
+def plain(weight: Tensor) -> Tensor:
+    """weight.detach(), a plain tensor: every look at a Params4bit goes through Python, and so does its own detach."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
 
 
 def _bytes_of(data: Tensor) -> Tensor:
@@ -85,14 +96,10 @@ def _bytes_of(data: Tensor) -> Tensor:
     return packed if packed.dtype == torch.uint8 else packed.contiguous().view(torch.uint8)
 
 
-# What an answer depends on, but for the tensors' values: those it shares with them, or checks (`code`).
-_of_state = attrgetter("quant_type", "shape", "dtype", "blocksize", "code", "absmax", "offset", "state2")
-_of_inner = attrgetter("absmax", "code", "blocksize")
-
-
 class _Reading(NamedTuple):
-    """What a weight was read from. A forward reads it anew, and would find the same objects and layout each time: then
-    the answer is the same too, and looking is done in a fifth of the time. Where the bytes are does not matter: FSDP2
+    """What a weight was read from: all that its answer depends on but for the tensors' values, which it shares with
+    them, or checks (`code`). A forward reads it anew, and would find the same objects and layout each time: then the
+    answer is the same too, and looking is done in a third of the time. Where the bytes are does not matter: FSDP2
     gathers them into the same tensor at ever new addresses."""
 
     objects: tuple
@@ -102,20 +109,26 @@ class _Reading(NamedTuple):
     def of(cls, data: Tensor, state: Any) -> "_Reading | None":
         """None where something is missing or reordered: such a state is looked at in full."""
         try:
-            others = state.__dict__  # a failed getattr calls a function of QuantState's
-            reordered = others.get("packing_format_for_cpu")
-            objects = (state, others.get("nested"), *_of_state(state))
-            if state.state2 is not None:
-                objects += _of_inner(state.state2)
+            fields, inner = state.__dict__, state.state2
+            if fields.get("packing_format_for_cpu"):
+                return None
             # An object stays the same when its `data` is replaced.
             scales = [t.data_ptr() for t in _scales_of(state)]
             layout = (data.device, data.shape, data.stride(), data.dtype, state.code._version, scales)
+            of_inner = () if inner is None else inner.__dict__.values()
         except AttributeError:
             return None
-        return None if reordered else cls(objects, layout)
+        return cls((state, *fields.values(), *of_inner), layout)
 
     def same_as(self, other: "_Reading") -> bool:
-        return self.layout == other.layout and all(map(is_, self.objects, other.objects))
+        same = self.layout == other.layout and len(self.objects) == len(other.objects)
+        return same and all(map(is_, self.objects, other.objects))
+
+
+class _Known(NamedTuple):
+    weight: weakref.ref
+    reading: _Reading
+    rest: tuple  # of the NF4Tensor, not its bytes: they would keep their weight alive, and with it this entry
 
 
 def _scales_of(state: Any) -> tuple[Tensor, ...]:
@@ -129,7 +142,7 @@ def _shares_memory(q: NF4Tensor, data: Tensor, state: Any) -> bool:
     return all(a.data_ptr() == b.data_ptr() for a, b in zip(read, (data, *_scales_of(state)), strict=True))
 
 
-_readings = WeakTensorKeyDictionary()  # weight -> its last reading, and what that gave but for the bytes
+_readings: dict[int, _Known] = {}  # by id of the weight
 
 
 def restored_order(packed: Tensor, shape: torch.Size) -> Tensor:

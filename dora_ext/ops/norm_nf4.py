@@ -66,6 +66,6 @@ def kept_norms(q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, cac
     """(cached, fingerprint, epoch) for an op that takes them; () without a cache, and where nothing can be kept."""
     if cache is None:
         return ()
-    scales = (t for t in (q.absmax, q.nested_absmax, q.nested_code, q.offset) if t is not None)
+    scales = (q.absmax, q.nested_absmax, q.nested_code, q.offset) if q.nested else (q.absmax,)
     constants = (scaling, q.blocksize, q.nested_blocksize, q.shape, q.dtype)
     return cache.state((q.packed, lora_A, lora_B, *scales), constants, lora_B.shape[0])

@@ -102,6 +102,14 @@ def _plain(t) -> bool:
     return type(t) in (nn.Parameter, Tensor) and t.dtype in FLOAT_DTYPES
 
 
+def _grad_and_device(t: Tensor) -> tuple[bool, torch.device]:
+    """Past a Params4bit's own __torch_function__, through which every look at it goes."""
+    if torch.compiler.is_compiling():
+        return t.requires_grad, t.device
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.requires_grad, t.device
+
+
 def path_of(layer: nn.Module) -> Path:
     """The path that PEFT's `layer` (Linear, Linear4bit, Linear8bitLt, Embedding, Conv1d, Conv2d, Conv3d) takes with
     nothing but its input as argument. Further arguments, mixed-batch `adapter_names` among them, go to PEFT's code, as
@@ -136,7 +144,8 @@ def path_of(layer: nn.Module) -> Path:
             return _BASE_STATE
     elif not _plain(weight) or hasattr(weight, "quant_state") or hasattr(weight, "ds_id"):
         return _BASE_WEIGHT
-    if weight.requires_grad:
+    trained, device = _grad_and_device(weight)
+    if trained:
         return _BASE_GRAD
 
     if kind == EMBEDDING:
@@ -166,7 +175,6 @@ def path_of(layer: nn.Module) -> Path:
     magnitude = dora._parameters.get("weight")
     if not _plain(magnitude) or hooked(dora):
         return _MAGNITUDE
-    device = weight.device
     if A.device != device or B.device != device or magnitude.device != device:
         return _DEVICES
     if not isinstance(layer.scaling[name], (int, float)):

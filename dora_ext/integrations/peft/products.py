@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...nn.base_weight import dense_in, dense_weight, packed_weight
+from ...nn.base_weight import dense_in, dense_weight, packed_weight, parameter_of
 from ...norm_cache import NormCache
 from ...ops import norm_and_gain
 from ...ops._registry import without_autocast
@@ -27,16 +27,17 @@ def quantised_linear(
     """
     four_bit = hasattr(base, "compute_dtype")
     dtype = _compute_dtype(base, x) if four_bit else x.dtype
-    inputs, rest = dropped.to(dtype), None if dropped is x else (x - dropped).to(dtype)
+    inputs = dropped if dropped.dtype == dtype else dropped.to(dtype)
+    rest, bias = None if dropped is x else (x - dropped).to(dtype), parameter_of(base, "bias")
     packed = packed_weight(base) if four_bit else None
     if packed is not None:
-        y = linear_packed(inputs, packed, (A, B, m), base.bias, scaling=scaling, cache=cache, rest=rest)
-        return y.to(x.dtype)
+        y = linear_packed(inputs, packed, (A, B, m), bias, scaling=scaling, cache=cache, rest=rest)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     with without_autocast(x.device):  # as bitsandbytes' products, which know no autocast
         dense = dense_weight(base)
         norm, gain = norm_and_gain(dense, A, B, m, scaling=scaling, cache=cache, stored=base.weight)
         y = linear_unpacked(
-            inputs, dense.to(dtype), partial(dense_in, base, dtype), (A, B, m), base.bias, norm, gain,
+            inputs, dense.to(dtype), partial(dense_in, base, dtype), (A, B, m), bias, norm, gain,
             scaling=scaling, rest=rest, product=None if four_bit else base.forward,
         )  # fmt: skip
     return y.to(x.dtype)
