@@ -55,24 +55,22 @@ class NormCache:
         """How many norms were computed since the cache was made or cleared (reads the device: it waits)."""
         return 0 if self._fingerprint is None else int(self._fingerprint[3])
 
-    @staticmethod
-    def usable(weight: Tensor) -> bool:
-        """Not inside torch.compile or while a CUDA graph is captured: a norm read from here would be frozen into it."""
-        if torch.compiler.is_compiling() or weight.is_inference():
-            return False
-        return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-
     def state(self, tensors: tuple[Tensor, ...], constants: tuple, out: int) -> tuple:
         """(cached, fingerprint, epoch) for an op that takes them, norm_cached for one; () if nothing can be kept of
-        these tensors, whose first is W."""
+        these tensors, whose first is W, and inside torch.compile or while a CUDA graph is captured: a norm read from
+        here would be frozen into it."""
         weight = tensors[0]
-        if not self.usable(weight):
+        on_cuda = weight.is_cuda
+        if torch.compiler.is_compiling() or (on_cuda and torch.cuda.is_current_stream_capturing()):
             return ()
         places = _load.module.places(tensors)
         if places is None:  # tensors of inference mode have no version
             return ()
-        # Not torch.cuda.current_stream(): making its object costs as much as a launch.
-        stream = torch._C._cuda_getCurrentRawStream(weight.device.index) if weight.is_cuda else 0
+        # Not torch.cuda.current_stream(), nor weight.device: making such an object costs as much as a launch.
+        stream = torch._C._cuda_getCurrentRawStream(weight.get_device()) if on_cuda else 0
+        key = (places, constants, stream, _optimizer_steps)
+        if key == self._key:  # never with a shard, of which the key has more
+            return self._norm, self._fingerprint, self._epoch
         if places[:_STORAGE] != self._weight_is:
             self._weight_is = places[:_STORAGE]
             self._shard = find_shard(weight.untyped_storage()._cdata)
@@ -83,8 +81,8 @@ class NormCache:
             constants = (*constants, shard._version)
             tensors = (*tensors, shard._local_tensor)
             of_shard = _load.module.places(tensors[-1:])
-            places, storages = places + of_shard, storages + of_shard[:_STORAGE]
-        key = (places, constants, stream, _optimizer_steps)
+            storages += of_shard[:_STORAGE]
+            key = (places + of_shard, constants, stream, _optimizer_steps)
         if key != self._key:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             fits = self._norm is not None and (self._norm.device, self._norm.dtype) == (weight.device, dtype)

@@ -37,7 +37,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, has chosen for x's products; it leaves float64 alone."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose making takes as long as all the rest
     if kind == "meta":  # which autocast does not know
         return None
     on = torch.is_autocast_enabled(kind) and x.dtype != torch.float64

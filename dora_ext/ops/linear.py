@@ -96,7 +96,9 @@ def dora_linear(
             norm, gain = norm_and_gain(
                 weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed, cache=cache
             )
-        x, weight = x.to(dtype), weight.to(dtype)
+        # Asked first, since an empty cast takes the host as long as a small launch.
+        x = x if x.dtype == dtype else x.to(dtype)
+        weight = weight if weight.dtype == dtype else weight.to(dtype)
     state = ()
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])

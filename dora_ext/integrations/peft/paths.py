@@ -104,8 +104,6 @@ def _plain(t) -> bool:
 
 def _grad_and_device(t: Tensor) -> tuple[bool, torch.device]:
     """Past a Params4bit's own __torch_function__, through which every look at it goes."""
-    if torch.compiler.is_compiling():
-        return t.requires_grad, t.device
     with torch._C.DisableTorchFunctionSubclass():
         return t.requires_grad, t.device
 
@@ -144,7 +142,8 @@ def path_of(layer: nn.Module) -> Path:
             return _BASE_STATE
     elif not _plain(weight) or hasattr(weight, "quant_state") or hasattr(weight, "ds_id"):
         return _BASE_WEIGHT
-    trained, device = _grad_and_device(weight)
+    of_subclass = kind in (FOUR_BIT, EIGHT_BIT) and not torch.compiler.is_compiling()
+    trained, device = _grad_and_device(weight) if of_subclass else (weight.requires_grad, weight.device)
     if trained:
         return _BASE_GRAD
 
