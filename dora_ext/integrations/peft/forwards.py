@@ -28,9 +28,10 @@ def switched(peft_forward: Callable) -> Callable:
     @wraps(peft_forward)
     def forward(self, x, *args, **kwargs):
         if not args and not kwargs:
-            path = path_of(self)
+            names = active_adapters(self)
+            path = path_of(self, names)
             if path.path is FUSED:
-                y = _CALLS[path.kind](self, active_adapters(self)[0], x)
+                y = _CALLS[path.kind](self, names[0], x)
                 if y is not None:
                     if not torch.compiler.is_compiling():
                         calls[FUSED] += 1

@@ -108,15 +108,15 @@ def _grad_and_device(t: Tensor) -> tuple[bool, torch.device]:
         return t.requires_grad, t.device
 
 
-def path_of(layer: nn.Module) -> Path:
+def path_of(layer: nn.Module, names: list[str]) -> Path:
     """The path that PEFT's `layer` (Linear, Linear4bit, Linear8bitLt, Embedding, Conv1d, Conv2d, Conv3d) takes with
-    nothing but its input as argument. Further arguments, mixed-batch `adapter_names` among them, go to PEFT's code, as
-    does an input of another dtype than the base layer takes."""
+    nothing but its input as argument, `names` being its active adapters. Further arguments, mixed-batch `adapter_names`
+    among them, go to PEFT's code, as does an input of another dtype than the base layer takes."""
     if layer._disable_adapters:
         return _DISABLED
     if layer.merged_adapters:
         return _MERGED
-    names, variants = active_adapters(layer), layer.lora_variant
+    variants = layer.lora_variant
     if not names:
         return _NO_ADAPTER
     if len(names) > 1:

@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import nn
 
-from .paths import DELTA, PEFT, Path, path_of
+from .paths import DELTA, PEFT, Path, active_adapters, path_of
 from .switch import is_enabled
 
 
@@ -42,4 +42,4 @@ def _path(layer: nn.Module) -> Path:
         return Path(DELTA, "the layer's forward has been replaced")
     if not hasattr(type(layer).forward, "switched"):
         return Path(DELTA, f"PEFT's {type(layer).__name__} does its own base product")
-    return path_of(layer)
+    return path_of(layer, active_adapters(layer))
