@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..ops import dora_conv
-from .base import ADAPTER, DoraBase
+from .base import ADAPTER, DoraBase, parameter_of
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -120,19 +120,20 @@ class _DoraConvNd(DoraBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, in, *spatial) or (in, *spatial) -> the same with `out` channels."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
         if self.merged:
-            return convolve(base, x, self.merged_weight, base.bias, groups=1)
+            return convolve(base, x, self.merged_weight, bias, groups=1)
         adapter = (*self._factors(), self.magnitude)
-        norm, gain = self._norm_and_gain(base.weight, *adapter)
+        norm, gain = self._norm_and_gain(weight, *adapter)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         y = dora_conv(
-            dropped, base.weight, *adapter, None if dropped is not x else base.bias,
+            dropped, weight, *adapter, None if dropped is not x else bias,
             scaling=self.scaling, stride=base.stride, padding=base.padding, dilation=base.dilation,
             groups=base.groups, padding_mode=base.padding_mode, norm=norm, gain=gain,
         )  # fmt: skip
         # What dropout took away still goes through the base layer.
-        return y if dropped is x else y + convolve(base, x - dropped, base.weight, base.bias, base.groups)
+        return y if dropped is x else y + convolve(base, x - dropped, weight, bias, base.groups)
 
 
 class DoraConv1d(_DoraConvNd):

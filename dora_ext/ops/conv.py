@@ -67,17 +67,20 @@ def dora_conv(
     if x.dtype != weight.dtype:
         raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
     stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)
-    sides = _padding(padding, weight.shape[2:], dilation)
-    if padding_mode != "zeros" or any(a != b for a, b in sides):
-        # F.pad counts from the last dimension.
-        flat = [n for pair in reversed(sides) for n in pair]
-        x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
-        sides = [(0, 0)] * spatial
+    if padding_mode == "zeros" and not isinstance(padding, str):
+        zeros = _tuple(padding, spatial)
+    else:
+        sides = _padding(padding, weight.shape[2:], dilation)
+        zeros = [a for a, _ in sides]
+        if padding_mode != "zeros" or any(a != b for a, b in sides):
+            # F.pad counts from the last dimension.
+            flat = [n for pair in reversed(sides) for n in pair]
+            x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
+            zeros = [0] * spatial
     held = hold_past_hooks((weight, lora_A, lora_B))
     op = torch.ops.dora_ext.conv.default
     return op(
-        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, [a for a, _ in sides], dilation,
-        groups, held,
+        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, zeros, dilation, groups, held
     )  # fmt: skip
 
 
