@@ -46,7 +46,7 @@ class NormCache:
         self._fingerprint: Tensor | None = None
         self._epoch = 0
         self._storages: tuple[StorageWeakRef, ...] = ()
-        self._storages_are = self._weight_is = b""
+        self._storages_are = b""
         self._key: tuple = ()
         self._shard = None
 
@@ -71,10 +71,9 @@ class NormCache:
         key = (places, constants, stream, _optimizer_steps)
         if key == self._key:  # never with a shard, of which the key has more
             return self._norm, self._fingerprint, self._epoch
-        if places[:_STORAGE] != self._weight_is:
-            self._weight_is = places[:_STORAGE]
-            self._shard = find_shard(weight.untyped_storage()._cdata)
         storages = places[: _STORAGE * len(tensors)]
+        if storages[:_STORAGE] != self._storages_are[:_STORAGE]:  # another W
+            self._shard = find_shard(weight.untyped_storage()._cdata)
         shard = shard_of(self._shard)
         if shard is not None:
             # An operation on the DTensor counts in its own version, one on the local tensor in that one's.

@@ -16,7 +16,6 @@ from ..ops import norm_and_gain
 from ..ops._registry import accumulate_dtype, without_autocast
 from .base_weight import FLOAT_DTYPES, copy_with_weight, dense_weight, parameter_of
 
-_PLAIN = frozenset((nn.Parameter, Tensor))
 ADAPTER = "default"  # PEFT's name of a model's first adapter: state_dict keys carry it
 
 
@@ -158,7 +157,7 @@ class DoraBase(nn.Module):
 
     def _refuse_shards(self, *tensors: Tensor) -> None:
         """W, A, B, m, as the forward has them at hand."""
-        if not _PLAIN.issuperset(map(type, tensors)) and any(map(is_sharded, tensors)):
+        if any(map(is_sharded, tensors)):
             raise RuntimeError(
                 f"{type(self).__name__}: a DTensor in its forward: call fully_shard on it or on a module around it, "
                 "not on its base_layer alone, whose forward it never calls"

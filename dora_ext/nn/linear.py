@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 
 from ..distributed import gathered, whole
 from ..ops import dora_linear, norm_and_gain, norm_and_gain_nf4
-from ..ops._registry import autocast_dtype, without_autocast
+from ..ops._registry import autocast_dtype, in_dtype, without_autocast
 from ..ops.linear import add_product
 from ..ops.linear_nf4 import linear_packed, linear_unpacked
 from .base import ADAPTER, DoraBase, parameter_of
@@ -180,7 +180,7 @@ class DoraLinear(DoraBase):
         dtype = getattr(base, "compute_dtype", None) or (
             dense.dtype if packed is None else autocast_dtype(x) or x.dtype
         )
-        inputs = x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
+        inputs = in_dtype(x, dtype) if x.is_floating_point() else x
         dropped, rest = inputs, None
         if self.training and self.dropout:
             dropped = F.dropout(inputs, self.dropout)
@@ -193,7 +193,7 @@ class DoraLinear(DoraBase):
                 norm, gain = norm_and_gain(dense, *adapter, scaling=s)
                 again = partial(dense_in, base, dtype)
                 y = linear_unpacked(dropped, dense.to(dtype), again, adapter, bias, norm, gain, scaling=s, rest=rest)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return in_dtype(y, x.dtype)
 
     def to_base(self, dequantize: bool = True) -> nn.Module:
         """A plain layer with the adapter folded into its weight: of the base layer's type, or torch.nn.Linear in place

@@ -35,6 +35,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), asked first: a cast to what t is takes the host, in a forward, as long as a small launch."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, has chosen for x's products; it leaves float64 alone."""
     kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose making takes as long as all the rest

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._load import require
 from ..distributed import hold_past_hooks
 from ..norm_cache import NO_NORMS, NormCache
-from ._registry import accumulate_dtype, autocast_dtype, call_layer, fake
+from ._registry import accumulate_dtype, autocast_dtype, call_layer, fake, in_dtype
 from .norm import norm_and_gain
 
 
@@ -96,9 +96,7 @@ def dora_linear(
             norm, gain = norm_and_gain(
                 weight, lora_A, lora_B, magnitude, scaling=scaling, transposed=transposed, cache=cache
             )
-        # Asked first, since an empty cast takes the host as long as a small launch.
-        x = x if x.dtype == dtype else x.to(dtype)
-        weight = weight if weight.dtype == dtype else weight.to(dtype)
+        x, weight = in_dtype(x, dtype), in_dtype(weight, dtype)
     state = ()
     if cache is not None and norm is None:
         state = cache.state((weight, lora_A, lora_B), (scaling, transposed), lora_B.shape[0])

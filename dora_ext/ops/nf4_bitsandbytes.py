@@ -1,7 +1,6 @@
 """Reading what bitsandbytes has quantised to NF4, and saying what is wrong with it where something is."""
 
 import weakref
-from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     state = getattr(weight, "quant_state", None) if quant_state is None else quant_state
     _require(state is not None, "weight: it has no quant_state; bitsandbytes quantises when a layer moves to a device")
     tracing = torch.compiler.is_compiling()
-    data = weight.detach() if tracing else plain(weight)
+    data = weight.detach() if tracing else _plain(weight)
     reading = None if tracing else _Reading.of(data, state)
     if reading is not None:
         known = _readings.get(id(weight))
@@ -80,12 +79,12 @@ def from_bitsandbytes(weight: Any, quant_state: Any = None) -> NF4Tensor:
     _check_sizes(q)
     if reading is not None and _shares_memory(q, data, state):
         key = id(weight)
-        forget = partial(_readings.pop, key, None)
-        _readings[key] = _Known(weakref.ref(weight, lambda _: forget()), reading, q[1:])
+        alive = weakref.ref(weight, lambda _, forget=_readings.pop: forget(key, None))
+        _readings[key] = _Known(alive, reading, q[1:])
     return q
 
 
-def plain(weight: Tensor) -> Tensor:
+def _plain(weight: Tensor) -> Tensor:
     """weight.detach(), a plain tensor: every look at a Params4bit goes through Python, and so does its own detach."""
     with torch._C.DisableTorchFunctionSubclass():
         return weight.detach()
@@ -142,7 +141,7 @@ def _shares_memory(q: NF4Tensor, data: Tensor, state: Any) -> bool:
     return all(a.data_ptr() == b.data_ptr() for a, b in zip(read, (data, *_scales_of(state)), strict=True))
 
 
-_readings: dict[int, _Known] = {}  # by id of the weight
+_readings: dict[int, _Known] = {}  # by id of the weight: a WeakTensorKeyDictionary's look-up runs Python
 
 
 def restored_order(packed: Tensor, shape: torch.Size) -> Tensor:

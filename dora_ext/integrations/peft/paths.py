@@ -104,6 +104,8 @@ def _plain(t) -> bool:
 
 def _grad_and_device(t: Tensor) -> tuple[bool, torch.device]:
     """Past a Params4bit's own __torch_function__, through which every look at it goes."""
+    if torch.compiler.is_compiling():
+        return t.requires_grad, t.device
     with torch._C.DisableTorchFunctionSubclass():
         return t.requires_grad, t.device
 
@@ -140,10 +142,11 @@ def path_of(layer: nn.Module, names: list[str]) -> Path:
     if kind in (FOUR_BIT, EIGHT_BIT):
         if not _quantised_readable(base, weight, kind):
             return _BASE_STATE
+        trained, device = _grad_and_device(weight)
     elif not _plain(weight) or hasattr(weight, "quant_state") or hasattr(weight, "ds_id"):
         return _BASE_WEIGHT
-    of_subclass = kind in (FOUR_BIT, EIGHT_BIT) and not torch.compiler.is_compiling()
-    trained, device = _grad_and_device(weight) if of_subclass else (weight.requires_grad, weight.device)
+    else:
+        trained, device = weight.requires_grad, weight.device
     if trained:
         return _BASE_GRAD
 

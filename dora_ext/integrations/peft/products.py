@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...nn.base_weight import dense_in, dense_weight, packed_weight, parameter_of
 from ...norm_cache import NormCache
 from ...ops import norm_and_gain
-from ...ops._registry import without_autocast
+from ...ops._registry import in_dtype, without_autocast
 from ...ops.linear_nf4 import linear_packed, linear_unpacked
 
 
@@ -27,12 +27,12 @@ def quantised_linear(
     """
     four_bit = hasattr(base, "compute_dtype")
     dtype = _compute_dtype(base, x) if four_bit else x.dtype
-    inputs = dropped if dropped.dtype == dtype else dropped.to(dtype)
-    rest, bias = None if dropped is x else (x - dropped).to(dtype), parameter_of(base, "bias")
+    inputs, rest = in_dtype(dropped, dtype), None if dropped is x else (x - dropped).to(dtype)
+    bias = parameter_of(base, "bias")
     packed = packed_weight(base) if four_bit else None
     if packed is not None:
         y = linear_packed(inputs, packed, (A, B, m), bias, scaling=scaling, cache=cache, rest=rest)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return in_dtype(y, x.dtype)
     with without_autocast(x.device):  # as bitsandbytes' products, which know no autocast
         dense = dense_weight(base)
         norm, gain = norm_and_gain(dense, A, B, m, scaling=scaling, cache=cache, stored=base.weight)
