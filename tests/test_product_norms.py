@@ -24,10 +24,12 @@ SHAPES = [
     pytest.param((4096, 136, 14336, 8), id="half of a fragment's ranks"),
     pytest.param((4090, 520, 14328, 16), id="edges of tokens, features and stages"),
     pytest.param((8192, 1032, 4088, 16), id="more stages than the ring has"),
-    pytest.param((4096, 264, 14336, 24), id="without h, ranks of three eighths"),
-    pytest.param((3000, 1024, 14336, 64), id="without h, all ranks"),
+    pytest.param((4096, 264, 14336, 24), id="ranks of three eighths"),
+    pytest.param((3000, 1024, 14336, 64), id="all ranks"),
+    pytest.param((4096, 1032, 3592, 64), id="all ranks, more stages than the ring has"),
+    pytest.param((4096, 264, 14336, 64), id="without h, all ranks"),
     pytest.param((4096, 1024, 1000, 16), id="without h, few features"),
-    pytest.param((4096, 1032, 3592, 64), id="norms launched before it"),
+    pytest.param((4096, 1032, 4088, 64), id="norms launched before it"),
     pytest.param((600, 264, 520, 24), id="norms launched before it, narrow tiles"),
 ]
 
