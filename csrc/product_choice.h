@@ -46,7 +46,7 @@ inline First choose_first(int64_t rows, int64_t columns, int64_t rank, int64_t m
   };
   First first;
   const bool norms = want_norms && width == 256;
-  // Both, where W is not small beside x. Three units each at rank 64 take the GPU 2 % longer than the library's product
+  // Both, where W is not small beside x. Three units each at rank 64 take the GPU 2 % longer than a product
   // for h before this one; at rank 32 .5 %, and the host two launches less.
   if (norms && 2 * of_norms >= of_h) first = fit(of_h, of_norms, 2, rank <= 32 ? 3 : 2);
   if (norms && first.pairs == 0 && of_norms >= 2 * of_h) first = fit(0, of_norms, 2, 2);

@@ -29,6 +29,7 @@ SHAPES = [
     pytest.param((4096, 1032, 3592, 64), id="all ranks, more stages than the ring has"),
     pytest.param((4096, 264, 14336, 64), id="without h, all ranks"),
     pytest.param((4096, 1024, 1000, 16), id="without h, few features"),
+    pytest.param((66000, 72, 1000, 16), id="without h, of more rows than one launch makes"),
     pytest.param((4096, 1032, 4088, 64), id="norms launched before it"),
     pytest.param((600, 264, 520, 24), id="norms launched before it, narrow tiles"),
 ]

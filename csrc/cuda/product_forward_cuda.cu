@@ -51,22 +51,49 @@ struct Forward {
   bool casts = false;   // the fingerprint's launch makes A and B
 };
 
+// How h is made first, but for its units.
+template <typename T, int kRanks>
+HiddenFirst<T, kRanks> hidden_first(const Forward& f, const ProductCounters& counters) {
+  HiddenFirst<T, kRanks> first{};
+  if (!encode_map<T>(&first.lora_A, product_matrix(f.A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
+  first.counters = reinterpret_cast<FirstCounters*>(counters.first);
+  first.scaling = static_cast<float>(f.scaling);
+  first.rank = static_cast<int>(f.A.size(0));
+  first.h = mutable_data<T>(f.h);
+  first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(f.scaled_h);
+  return first;
+}
+
+// h by itself, of as many rows in a launch as there are counters for.
+template <typename T, int kRanks>
+void make_hidden(const Forward& f) {
+  constexpr int64_t kRows = 256, kMost = FirstCounters::kUnits * kRows;
+  const ProductCounters counters = product_counters(f.x, /*any_first=*/true);
+  auto first = hidden_first<T, kRanks>(f, counters);
+  HalfMatrix x = product_matrix(f.x);
+  for (int64_t left = x.y; left > 0; left -= kMost) {
+    x.y = std::min(left, kMost);
+    ProductProblem p{};
+    p.rows = static_cast<int>(x.y);
+    p.inner = static_cast<int>(x.x);
+    p.counters = counters.tiles;
+    first.units = first.early = static_cast<int>((x.y + kRows - 1) / kRows);
+    p.first = std::min(first.units, multiprocessors() / 2);
+    C10_CUDA_CHECK((launch_first<T>(x, p, first, current_stream())));
+    x.data = static_cast<const T*>(x.data) + kMost * x.line;
+    first.h += kMost * first.rank;
+    if (first.scaled_h != nullptr) first.scaled_h += kMost * first.rank;
+  }
+}
+
 template <typename T, int kRanks>
 void run(const Forward& f) {
   const int64_t rows = f.x.size(0), columns = f.weight.size(0), rank = f.A.size(0);
   const Tensor g = aligned(f.gain, 8), b = f.bias ? aligned(*f.bias, 8) : Tensor();
   const ProductCounters counters = product_counters(f.x, /*any_first=*/true);
-  HiddenFirst<T, kRanks> first{};
-  if (!encode_map<T>(&first.lora_A, product_matrix(f.A), kRanks)) C10_CUDA_CHECK(cudaErrorInvalidValue);
-  if (f.first.of_h > 0) {
-    first.h = mutable_data<T>(f.h);
-    first.scaled_h = f.scaling == 1 ? nullptr : mutable_data<T>(f.scaled_h);
-    first.units = static_cast<int>(f.first.of_h);
-    first.early = std::min(kGroup, first.units);
-  }
-  first.counters = reinterpret_cast<FirstCounters*>(counters.first);
-  first.scaling = static_cast<float>(f.scaling);
-  first.rank = static_cast<int>(rank);
+  auto first = hidden_first<T, kRanks>(f, counters);
+  first.units = static_cast<int>(f.first.of_h);
+  first.early = std::min(kGroup, first.units);
   if (f.first.of_norms > 0) {
     first.norms.units = static_cast<int>(f.first.of_norms);
     first.norms.magnitude = feature_vector(f.magnitude);
@@ -88,6 +115,18 @@ void run(const Forward& f) {
                           product_matrix(f.B), product_matrix(f.y)};
   C10_CUDA_CHECK(
       (launch_product<T, false>(m, p, first, multiprocessors(), current_stream(), f.beside && !counters.fresh)));
+}
+
+// `call` with the dtype and the ranks that f's kernels have.
+template <typename Call>
+void with_kernel(const Forward& f, Call&& call) {
+  const auto with_ranks = [&](auto tag) {
+    const int64_t rank = f.A.size(0);
+    rank <= 16   ? call(tag, std::integral_constant<int, 16>{})
+    : rank <= 32 ? call(tag, std::integral_constant<int, 32>{})
+                 : call(tag, std::integral_constant<int, 64>{});
+  };
+  f.x.scalar_type() == at::kHalf ? with_ranks(__half{}) : with_ranks(__nv_bfloat16{});
 }
 
 // All but gain and norms.
@@ -117,17 +156,14 @@ Forward prepare(const char* op, const Tensor& x, const Tensor& weight, const Ten
   if (bias) f.bias = in_dtype(*bias, at::kFloat);
   f.scaling = scaling;
   f.y = at::empty({x.size(0), weight.size(0)}, x.options());
-  f.h = makes_h ? at::empty({x.size(0), f.A.size(0)}, x.options()) : product_with_narrow(x, f.A.t());
-  f.scaled_h = scaling == 1 ? f.h : makes_h ? at::empty_like(f.h) : f.h.mul(scaling);
+  f.h = at::empty({x.size(0), f.A.size(0)}, x.options());
+  f.scaled_h = scaling == 1 ? f.h : at::empty_like(f.h);
+  if (!makes_h) with_kernel(f, [&](auto t, auto ranks) { make_hidden<decltype(t), decltype(ranks)::value>(f); });
   return f;
 }
 
 void run(const Forward& f) {
-  const auto run_it = [&](auto tag) {
-    using T = decltype(tag);
-    return f.A.size(0) <= 16 ? run<T, 16> : f.A.size(0) <= 32 ? run<T, 32> : run<T, 64>;
-  };
-  f.x.scalar_type() == at::kHalf ? run_it(__half{})(f) : run_it(__nv_bfloat16{})(f);
+  with_kernel(f, [&](auto t, auto ranks) { run<decltype(t), decltype(ranks)::value>(f); });
 }
 
 std::tuple<Tensor, Tensor> hopper_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
