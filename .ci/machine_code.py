@@ -28,7 +28,7 @@ TENSOR_CORE_KERNELS = [
 # Of these, what is empty before Hopper.
 SINCE_HOPPER = ["decode_ring_kernel"]
 # Made of wgmma on Hopper, and empty for every other architecture: whoever launches them asks for the device.
-WGMMA_KERNELS = ["product_kernel", "norm_hopper_kernel"]
+WGMMA_KERNELS = ["product_kernel", "norm_hopper_kernel", "adapter_backward_hopper_kernel"]
 HALF, BFLOAT16 = "6__half", "13__nv_bfloat16"  # as they stand in mangled names
 
 

@@ -14,8 +14,8 @@ namespace dora_ext {
 // Bits of `mask`, in the order of the results: G, P = s G B, grad_B, grad_magnitude, grad_bias.
 constexpr int64_t kWantG = 1, kWantP = 2, kWantB = 4, kWantMagnitude = 8, kWantBias = 16;
 
-// On CUDA in half precision all but the product with W is one pass over dY for these ranks, or two: the second, of half
-// the memory's traffic, costs what P or dB costs as a product, and fewer launches.
+// On CUDA in half precision all but the product with W is one pass over dY for these ranks; elsewhere than on Hopper
+// two above 32: the second, of half the memory's traffic, costs what P or dB costs as a product, and fewer launches.
 inline bool one_pass_rank(int64_t rank) {
   return rank > 0 && rank <= 64 && rank % 8 == 0;
 }

@@ -90,6 +90,10 @@ std::string choose_products(std::string_view which) {
 
 }  // namespace
 
+bool library_products_chosen() {
+  return chosen == Products::kLibrary;
+}
+
 std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weight, bool transposed,
                                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
                                             const OptionalTensor& bias, double scaling) {

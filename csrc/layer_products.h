@@ -11,6 +11,9 @@
 
 namespace dora_ext {
 
+// Whether choose_products has the layers do without kernels that only Hopper has.
+bool library_products_chosen();
+
 // y = g * (x W^T + s h B^T) + bias, and h = x A^T
 std::tuple<Tensor, Tensor> forward_products(const Tensor& x, const Tensor& weight, bool transposed,
                                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,

@@ -121,8 +121,8 @@ TORCH_LIBRARY(dora_ext, m) {
   // of 16 bytes that start on 16 bytes. CUDA only.
   m.def("scale_rows(Tensor weight, Tensor gain) -> Tensor");
 
-  // Which products layers run on, of library and hopper_product: auto, library, or hopper wherever it fits. For tests
-  // and measurements; returns what it was.
+  // Which products layers run on, of library and hopper_product: auto, library, or hopper wherever it fits. With
+  // library, adapter_backward also is what it is before Hopper. For tests and measurements; returns what it was.
   m.def("choose_products(str which) -> str");
 
   // result (rows, columns) = gain * ([left | left_tail] [right | right_tail]^T) + bias on Hopper's tensor cores: sums

@@ -14,6 +14,8 @@ NAMES = ("G", "P", "grad_B", "grad_magnitude", "grad_bias")
 # more of them than a pass takes.
 ONE_PASS = [(1, 8, 8), (32, 128, 16), (33, 136, 16), (100, 264, 24), (31, 120, 32), (700, 1160, 8), (2100, 520, 32)]
 ONE_PASS += [(33, 136, 40), (40, 64, 48), (700, 1160, 56), (2100, 520, 64)]
+# On Hopper, in tiles of 64 x 256: blocks that go on in the next group of features, and groups that they share unevenly.
+ONE_PASS += [(3270, 1544, 64), (3270, 1544, 16), (40, 35080, 24)]
 COMPOSED = [(40, 57, 16), (40, 64, 5), (40, 64, 72), (0, 16, 8)]  # what that kernel doesn't take
 
 
@@ -55,6 +57,19 @@ class Case:
 def test_against_float64(device, shape, dtype):
     case = Case(*shape, dtype, device)
     case.check(adapter_backward(*case.args()), TOLERANCE[dtype])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ONE_PASS, ids=str)
+def test_without_what_only_hopper_has(shape, dtype):
+    case = Case(*shape, dtype, "cuda")
+    before = torch.ops.dora_ext.choose_products("library")
+    try:
+        results = adapter_backward(*case.args())
+    finally:
+        torch.ops.dora_ext.choose_products(before)
+    case.check(results, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

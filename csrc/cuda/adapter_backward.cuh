@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(256, 4)
                                    TB* grad_B, ComposeBackwardFinish<float> features, int64_t blocks_P,
                                    int64_t blocks_B) {
   constexpr int kPadded = AdapterBackwardTile<KT>::kRank;
+  wait_for_previous_launch();
   allow_next_launch();
   const int64_t block = blockIdx.x;
   if (block < blocks_P) {
@@ -105,8 +106,8 @@ void launch_adapter_backward_finish(const AdapterBackwardProblem<T>& p, const Ad
   const int64_t blocks_P = blocks(p.tokens), blocks_B = blocks(p.out);
   const int64_t all =
       blocks_P + blocks_B + (features ? ceil_div<int64_t>(p.out, ComposeBackwardFinish<float>::kFeatures) : 0);
-  adapter_backward_finish_kernel<T, TB, KT>
-      <<<static_cast<unsigned>(all), kThreads, 0, stream>>>(p, plan, scaling, P, grad_B, finish, blocks_P, blocks_B);
+  launch_beside(adapter_backward_finish_kernel<T, TB, KT>, static_cast<unsigned>(all), kThreads, 0, stream, p, plan,
+                scaling, P, grad_B, finish, blocks_P, blocks_B);
 }
 
 }  // namespace dora_ext

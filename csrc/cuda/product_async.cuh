@@ -144,52 +144,52 @@ __device__ __forceinline__ void sums_are_ready(float (&d)[N]) {
 #define DORA_D8(i) DORA_D4(i), DORA_D4(i + 4)
 #define DORA_D16(i) DORA_D8(i), DORA_D8(i + 8)
 #define DORA_D64(i) DORA_D16(i), DORA_D16(i + 16), DORA_D16(i + 32), DORA_D16(i + 48)
-// shape, the list of sums in the text, the numbers of the four operands after them, the sums as operands
-#define DORA_WGMMA(shape, type, list, a, b, p, t, ...)                                                                 \
+// shape, the list of sums in the text, the numbers of the five operands after them, the sums as operands
+#define DORA_WGMMA(shape, type, list, a, b, p, u, t, ...)                                                              \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
-               " {" list "}, " a ", " b ", p, 1, 1, 0, " t ";\n}\n"                                                    \
+               " {" list "}, " a ", " b ", p, 1, 1, " u ", " t ";\n}\n"                                                \
                : __VA_ARGS__                                                                                           \
-               : "l"(left), "l"(right), "r"(accumulate), "n"(int{RightTransposed}))
+               : "l"(left), "l"(right), "r"(accumulate), "n"(int{LeftTransposed}), "n"(int{RightTransposed}))
 
-// d += left right, or = where accumulate is 0. RightTransposed: right has its rows contiguous.
-template <typename T, bool RightTransposed>
+// d += left right, or = where accumulate is 0. RightTransposed, LeftTransposed: it has its rows contiguous.
+template <typename T, bool RightTransposed, bool LeftTransposed = false>
 __device__ __forceinline__ void multiply_k16(float (&d)[128], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    DORA_WGMMA("m64n256k16", "f16", DORA_128, "%128", "%129", "%130", "%131", DORA_D64(0), DORA_D64(64));
+    DORA_WGMMA("m64n256k16", "f16", DORA_128, "%128", "%129", "%130", "%131", "%132", DORA_D64(0), DORA_D64(64));
   } else {
-    DORA_WGMMA("m64n256k16", "bf16", DORA_128, "%128", "%129", "%130", "%131", DORA_D64(0), DORA_D64(64));
+    DORA_WGMMA("m64n256k16", "bf16", DORA_128, "%128", "%129", "%130", "%131", "%132", DORA_D64(0), DORA_D64(64));
   }
 }
-template <typename T, bool RightTransposed>
+template <typename T, bool RightTransposed, bool LeftTransposed = false>
 __device__ __forceinline__ void multiply_k16(float (&d)[64], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    DORA_WGMMA("m64n128k16", "f16", DORA_64, "%64", "%65", "%66", "%67", DORA_D64(0));
+    DORA_WGMMA("m64n128k16", "f16", DORA_64, "%64", "%65", "%66", "%67", "%68", DORA_D64(0));
   } else {
-    DORA_WGMMA("m64n128k16", "bf16", DORA_64, "%64", "%65", "%66", "%67", DORA_D64(0));
+    DORA_WGMMA("m64n128k16", "bf16", DORA_64, "%64", "%65", "%66", "%67", "%68", DORA_D64(0));
   }
 }
-template <typename T, bool RightTransposed>
+template <typename T, bool RightTransposed, bool LeftTransposed = false>
 __device__ __forceinline__ void multiply_k16(float (&d)[32], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    DORA_WGMMA("m64n64k16", "f16", DORA_32, "%32", "%33", "%34", "%35", DORA_D16(0), DORA_D16(16));
+    DORA_WGMMA("m64n64k16", "f16", DORA_32, "%32", "%33", "%34", "%35", "%36", DORA_D16(0), DORA_D16(16));
   } else {
-    DORA_WGMMA("m64n64k16", "bf16", DORA_32, "%32", "%33", "%34", "%35", DORA_D16(0), DORA_D16(16));
+    DORA_WGMMA("m64n64k16", "bf16", DORA_32, "%32", "%33", "%34", "%35", "%36", DORA_D16(0), DORA_D16(16));
   }
 }
-template <typename T, bool RightTransposed>
+template <typename T, bool RightTransposed, bool LeftTransposed = false>
 __device__ __forceinline__ void multiply_k16(float (&d)[16], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    DORA_WGMMA("m64n32k16", "f16", DORA_16, "%16", "%17", "%18", "%19", DORA_D16(0));
+    DORA_WGMMA("m64n32k16", "f16", DORA_16, "%16", "%17", "%18", "%19", "%20", DORA_D16(0));
   } else {
-    DORA_WGMMA("m64n32k16", "bf16", DORA_16, "%16", "%17", "%18", "%19", DORA_D16(0));
+    DORA_WGMMA("m64n32k16", "bf16", DORA_16, "%16", "%17", "%18", "%19", "%20", DORA_D16(0));
   }
 }
-template <typename T, bool RightTransposed>
+template <typename T, bool RightTransposed, bool LeftTransposed = false>
 __device__ __forceinline__ void multiply_k16(float (&d)[8], uint64_t left, uint64_t right, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    DORA_WGMMA("m64n16k16", "f16", DORA_8, "%8", "%9", "%10", "%11", DORA_D8(0));
+    DORA_WGMMA("m64n16k16", "f16", DORA_8, "%8", "%9", "%10", "%11", "%12", DORA_D8(0));
   } else {
-    DORA_WGMMA("m64n16k16", "bf16", DORA_8, "%8", "%9", "%10", "%11", DORA_D8(0));
+    DORA_WGMMA("m64n16k16", "bf16", DORA_8, "%8", "%9", "%10", "%11", "%12", DORA_D8(0));
   }
 }
 
