@@ -18,6 +18,7 @@ TENSOR_CORE_KERNELS = [
     "norm_columns_kernel",
     "norm_high_rank_kernel",
     "compose_mma_kernel",
+    "compose_channels_kernel",
     "compose_high_rank_kernel",
     "adapter_backward_kernel",
     "decode_dense_kernel",

@@ -14,6 +14,8 @@ SUM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5
 SHAPES = [(1, 1, 1), (5, 40, 3), (130, 24, 24), (64, 128, 16), (257, 136, 384), (33, 300, 33), (129, 77, 8)]
 # (batch, channels, *positions), r
 CHANNEL_SHAPES = [((2, 40, 16, 16), 16), ((3, 7, 5), 3), ((1, 65, 7, 7), 24), ((2, 9, 2, 3, 4), 70), ((4, 8, 1), 4)]
+# Whole packs of eight positions, around tiles of 64 channels x 128 positions.
+CHANNEL_SHAPES += [((2, 72, 136), 40), ((3, 130, 24), 33), ((1, 200, 12, 22), 64)]
 
 
 def accumulate(dtype):

@@ -3,11 +3,13 @@
 //   features last    fp16, bf16   rank > 96, aligned   compose_high_rank.cuh
 //                                 any                  compose_mma.cuh      channels_last is the same memory
 //                    fp32, fp64   compose_fma.cuh
-//   channels first   every dtype  compose_fma.cuh
+//   channels first   fp16, bf16   aligned              compose_channels.cuh
+//                    every dtype  compose_fma.cuh
 //   backward         compose_backward.cuh
 //   dm of features whose gain is too small to find u again from the output: recover.cuh
 #pragma once
 
+#include "compose_channels.cuh"
 #include "compose_fma.cuh"
 #include "compose_high_rank.cuh"
 #include "compose_mma.cuh"
@@ -39,7 +41,15 @@ void launch_compose_features_last(const ComposeProblem<T>& p, cudaStream_t strea
 template <typename T>
 void launch_compose_channels_first(const ComposeProblem<T>& p, cudaStream_t stream) {
   if (p.batch == 0 || p.length == 0 || p.out == 0) return;
-  launch_compose_fma<true>(p, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (compose_channels_fits(p)) {
+      launch_compose_channels(p, stream);
+    } else {
+      launch_compose_fma_tiles<true, false>(p, p.out, p.length, stream);
+    }
+  } else {
+    launch_compose_fma<true>(p, stream);
+  }
 }
 
 }  // namespace dora_ext

@@ -68,7 +68,7 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
   }
 }
 
-inline bool on_16_bytes(const void* p) {
+__host__ __device__ inline bool on_16_bytes(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 

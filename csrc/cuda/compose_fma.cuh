@@ -1,4 +1,4 @@
-// compose on the CUDA cores: fp32 and fp64 with the features last, and every dtype with the channels first. A block of
+// compose on the CUDA cores: fp32 and fp64, and every dtype with the channels first. A block of
 // 256 threads makes 64 rows x 16 TN columns, columns neighbours in memory; both factors pass through shared memory in
 // chunks of 16 ranks, widened to the accumulator.
 //
@@ -14,7 +14,7 @@ namespace dora_ext {
 template <typename T, bool Aligned>
 struct ComposeFmaTile {
   static constexpr int kThreads = 256, kRanks = 16;
-  static constexpr int kTM = 4, kTN = Aligned && sizeof(T) == 2 ? 8 : 4;  // a thread's rows and columns
+  static constexpr int kTM = 4, kTN = 4;  // a thread's rows and columns
   static constexpr int kRows = 16 * kTM, kColumns = 16 * kTN;
   static constexpr int kRowPitch = kRows + 4;
 };
