@@ -17,6 +17,7 @@
 #include "aligned.h"
 #include "autograd_node.h"
 #include "check.h"
+#include "feature_gradients.h"
 #include "inside_op.h"
 
 namespace dora_ext {
@@ -50,7 +51,7 @@ struct Geometry {
 
 // A grouped 1x1 kernel (out, r / groups, 1, ...) as a matrix (out, r) with zeros between the groups...
 Tensor dense_matrix(const Tensor& lora_B, int64_t groups) {
-  const Tensor matrix = lora_B.flatten(1);
+  const Tensor matrix = lora_B.dim() == 2 ? lora_B : lora_B.flatten(1);
   return groups == 1 ? matrix : at::block_diag(matrix.chunk(groups));
 }
 
@@ -172,35 +173,30 @@ struct DoraConv : Function<DoraConv> {
       std::tie(to[kMagnitude], to[kBias]) = sums_of_gradient(grad, base, norm, gain);
       if (wants(kBias)) to[kBias] = in_dtype(to[kBias], static_cast<at::ScalarType>(kept["bias_dtype"].toInt()));
     }
-    Tensor scale;  // s g (out, 1)
-    if (wants(kX) || wants(kA) || wants(kB)) scale = gain.mul(scaling).unsqueeze(1);
-    if (wants(kB) || wants(kMagnitude)) {
-      const Tensor E = in_dtype(within_groups(feature_products(grad, h), groups), norm.scalar_type());
-      if (wants(kB)) to[kB] = in_dtype(E.mul(scale), lora_B.scalar_type()).view_symint(lora_B.sym_sizes());
-      if (wants(kMagnitude)) {
-        // What is divided by 0 is 0: of such a feature there is nothing.
-        const Tensor of_adapter = E.mul(in_dtype(lora_B.flatten(1), E.scalar_type())).sum(1);
-        to[kMagnitude].addcdiv_(of_adapter, norm, scaling).masked_fill_(norm.eq(0), 0);
-        to[kMagnitude] = in_dtype(to[kMagnitude], static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt()))
-                             .view(kept["magnitude_shape"].toIntVector());
-      }
-    }
+    OptionalTensor E;
+    if (wants(kB) || wants(kMagnitude)) E = within_groups(feature_products(grad, h), groups);
+    const auto magnitude_dtype = static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt());
+    Tensor scaled_B;
+    std::tie(to[kB], to[kMagnitude], scaled_B) =
+        feature_gradients_op(E, lora_B, norm, gain, if_defined(to[kMagnitude]), scaling, wants(kB),
+                             dtype_if(wants(kMagnitude), magnitude_dtype), dtype_if(wants(kX) || wants(kA), dtype));
+    if (wants(kMagnitude)) to[kMagnitude] = to[kMagnitude].view(kept["magnitude_shape"].toIntVector());
     if (!wants(kX) && !wants(kA)) return;
 
     // The gain goes to the weights, of which there are few, and G = g dY is never made. With one group B A is of the
     // weight's size: then one convolution makes dX, where its passes over dX would be more.
     const bool merged = wants(kX) && groups == 1 && weight.sym_numel() <= x.sym_numel();
-    const Tensor gained_B = scale.mul(dense_matrix(lora_B, groups));
+    scaled_B = dense_matrix(scaled_B, groups);
     Tensor of_adapter;
     if (wants(kA) || !merged) {
-      const Tensor P = times_matrix(grad, in_dtype(gained_B, dtype));
+      const Tensor P = times_matrix(grad, scaled_B);
       std::tie(of_adapter, to[kA]) =
           geometry.backward(P, x, in_dtype(lora_A, dtype), 1, wants(kX) && !merged, wants(kA));
       if (wants(kA)) to[kA] = in_dtype(to[kA], lora_A.scalar_type());
     }
     if (!wants(kX)) return;
     Tensor W = gain.unsqueeze(1).mul(weight.flatten(1));
-    if (merged) W.addmm_(in_dtype(gained_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
+    if (merged) W.addmm_(in_dtype(scaled_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
     W = in_dtype(W, dtype).view_symint(weight.sym_sizes());
     to[kX] = std::get<0>(geometry.backward(grad, x, W, groups, true, false));
     if (!merged) to[kX].add_(of_adapter);

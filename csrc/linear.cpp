@@ -12,6 +12,7 @@
 #include "check_decode.h"
 #include "check_linear.h"
 #include "factors.h"
+#include "feature_gradients.h"
 #include "inside_op.h"
 #include "layer_products.h"
 #include "products.h"
@@ -144,11 +145,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     // u once more; E = dY^T h is the adapter's part of it.
     const Tensor base = product(tokens, transposed ? weight : weight.t());
     std::tie(G, grad_m, grad_b) = compose_backward_op(grad, base, n, gain, std::nullopt, /*saved_is_output=*/false,
-                                                      /*want_G=*/true, std::nullopt);
-    const Tensor E = product_for(n, grad.t(), h);
-    grad_m.add_(E.mul(lora_B).sum(1).mul_(scaling).div_(n).masked_fill_(n.eq(0), 0));
-    if (want_x || want_A) P = product_with_narrow(G, in_dtype(lora_B, dtype), scaling);
-    if (want_B) grad_B = grad_of_B(lora_B, G, h, scaling);
+                                                      /*want_G=*/want_x, std::nullopt);
+    const Tensor E = grad_of_B(n, grad, h, /*scaling=*/1);
+    Tensor scaled_B;
+    std::tie(grad_B, grad_m, scaled_B) = feature_gradients_op(
+        E, lora_B, n, gain, grad_m, scaling, want_B, magnitude.scalar_type(), dtype_if(want_x || want_A, dtype));
+    if (want_x || want_A) P = product_with_narrow(grad, scaled_B);
   }
   if (want_x) {
     std::tie(grad_x, grad_A) =

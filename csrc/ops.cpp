@@ -58,6 +58,15 @@ TORCH_LIBRARY(dora_ext, m) {
   // Is that one pass over grad and y, with a launch behind it that adds up all but G? CUDA only.
   m.def("adapter_backward_in_one_pass(Tensor grad, Tensor? y, Tensor h, Tensor lora_B) -> bool");
 
+  // What is made by output feature of E (out, r) = dY^T h: grad_B = s g E in lora_B's dtype and shape, (out, r) or a
+  // convolution's (out, r, 1, ...); grad_magnitude, given without the adapter's part, with s sum_k(E B) / n, 0 where
+  // n = 0; scaled_B (out, r) = s g B, with which P = dY scaled_B. In the dtypes given; with want_B false and without a
+  // dtype not made, and empty. E may be None for scaled_B alone. Sums run in fp32, in fp64 where norm is.
+  m.def(
+      "feature_gradients(Tensor? E, Tensor lora_B, Tensor norm, Tensor gain, Tensor? grad_magnitude, float scaling,"
+      " bool want_B, ScalarType? magnitude_dtype, ScalarType? scaled_dtype)"
+      " -> (Tensor grad_B, Tensor grad_magnitude, Tensor scaled_B)");
+
   // The same for 1 to 8 tokens in fp16 or bf16, with g known, in one pass over W; CUDA only, and only what decode_fits
   // and decode_nf4_fits (check_decode.h) accept. x (tokens, in), y (tokens, out), h (tokens, r) rounded to x's dtype.
   // A, B, g and bias are read as they are; sums run in fp32. W packed in NF4 is not rounded to `dtype`, its own (fp32

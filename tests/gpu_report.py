@@ -46,6 +46,7 @@ KERNEL_TESTS = [
     "test_product_last",
     "test_product_norms",
     "test_adapter_backward",
+    "test_feature_gradients",
 ]
 # Without torch's caching allocator no graph can be captured, and a failed capture leaves its mark on what follows;
 # compilers and tracers around a kernel change nothing in it; billions of weights take too long.

@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../aligned.h"
+#include "../feature_gradients.h"
 #include "../inside_op.h"
 #include "faces.h"
 
@@ -113,25 +115,26 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward(const Tensor& grad_y, cons
   const auto dtype = weight.scalar_type(), acc = accumulate_type(dtype);
   const Ids list(ids, weight.size(0));
   const Tensor grad = grad_y.to(dtype).reshape({list.tokens, weight.size(1)}).contiguous(), wide = grad.to(acc);
-  const Tensor B = lora_B.to(acc), n = norm.to(acc), g = gain.to(acc).mul(embed_scale);
-  const Tensor none = at::empty({0}, weight.options());
-  Tensor grad_A = none, grad_B = none, grad_m = none;
-  if (mask & 6) {
-    Tensor rows = at::index_select(lora_A, 1, list.safe).to(acc);
-    rows.masked_fill_(list.given.ne(list.safe), 0);
-    const Tensor E = at::mm(rows, wide).t();  // dY^T A[:, ids]^T (dim, r)
-    if (mask & 2) grad_B = E.mul(g.unsqueeze(1)).mul_(scaling).to(lora_B.scalar_type()).contiguous();
-    if (mask & 4) {
-      const Tensor sum = at::empty_like(n);
-      dispatch(dtype, [&](auto element) { dot_with_weight<decltype(element)>(grad, weight.contiguous(), list, sum); });
-      grad_m = sum.add_(E.mul(B).sum(1), scaling).mul_(embed_scale).div_(n).masked_fill_(n.le(0), 0);
-    }
+  const bool want_A = mask & 1, want_B = mask & 2, want_m = mask & 4;
+  const Tensor n = in_dtype(norm, acc);
+  OptionalTensor E, of_weight;
+  if (want_B || want_m) {
+    Tensor rows = in_dtype(at::index_select(lora_A, 1, list.safe), acc);
+    rows.masked_fill_(list.given.ne(list.safe), 0).mul_(embed_scale);
+    E = at::mm(rows, wide).t();  // embed_scale dY^T A[:, ids]^T (dim, r)
   }
-  if (mask & 1) {
-    const Tensor P = at::mm(wide, B.mul(g.unsqueeze(1)).mul_(scaling)).t().contiguous();
-    grad_A = scatter_columns(P, list, padding_idx, scale_grad_by_freq).to(lora_A.scalar_type());
+  if (want_m) {
+    of_weight = at::empty_like(n);
+    dispatch(dtype,
+             [&](auto element) { dot_with_weight<decltype(element)>(grad, weight.contiguous(), list, *of_weight); });
+    of_weight->mul_(embed_scale).div_(n);
   }
-  return {grad_A, grad_B, grad_m};
+  const auto [grad_B, grad_m, scaled_B] = feature_gradients_op(E, lora_B, n, gain, of_weight, scaling, want_B,
+                                                               dtype_if(want_m, acc), dtype_if(want_A, acc));
+  if (!want_A) return {at::empty({0}, weight.options()), grad_B, grad_m};
+  const Tensor P = at::mm(scaled_B.t(), wide.t()).mul_(embed_scale);
+  const Tensor grad_A = scatter_columns(P, list, padding_idx, scale_grad_by_freq);
+  return {in_dtype(grad_A, lora_A.scalar_type()), grad_B, grad_m};
 }
 
 }  // namespace

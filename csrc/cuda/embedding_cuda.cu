@@ -1,6 +1,5 @@
 // embedding_forward and embedding_backward on CUDA: gathered rows through compose's kernels (embedding.cuh), products
 // through the library.
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sort.h>
@@ -8,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "../feature_gradients.h"
 #include "../inside_op.h"
 #include "compose.cuh"
 #include "compose_backward.cuh"
@@ -166,25 +166,17 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_cuda(const Tensor& grad_y,
             want_m ? at::zeros(norm.sizes(), norm.options()) : none};
   }
 
-  const Tensor n = norm.to(accumulate).contiguous(), g = gain.to(accumulate).contiguous();
-  const Tensor B = lora_B.to(accumulate), grad = grad_y.to(dtype).reshape({tokens, dim}).contiguous();
+  const Tensor n = in_dtype(norm, accumulate).contiguous(), g = in_dtype(gain, accumulate).contiguous();
+  const Tensor grad = in_dtype(grad_y, dtype).reshape({tokens, dim}).contiguous();
   const Gathered gathered = gather(ids, weight, lora_A);
   const ScaledGradient scaled = scale_gradient(grad, weight, gathered.rows, n, g, embed_scale);
-  Tensor grad_A = none, grad_B = none, grad_m = none;
-  if (want_B || want_m) {
-    // E = D^T h serves both dB = s g * E and the adapter's part of dm.
-    const Tensor E = product(scaled.D.t(), gathered.h, accumulate);
-    if (want_m) {
-      const Tensor adapter = (E * B).sum(1).mul_(scaling).div_(n).masked_fill_(n == 0, 0);
-      grad_m = (scaled.grad_m + adapter).to(norm.scalar_type());
-    }
-    if (want_B) grad_B = (E * g.unsqueeze(1)).mul_(scaling).to(lora_B.scalar_type());
-  }
-  if (want_A) {
-    const Tensor scaled_B = (B * g.unsqueeze(1)).mul_(scaling).to(dtype);
-    grad_A = scatter(product(scaled.D, scaled_B, accumulate), gathered.rows, lora_A, padding_idx, scale_grad_by_freq);
-  }
-  return {grad_A, grad_B, grad_m};
+  OptionalTensor E;
+  if (want_B || want_m) E = product(scaled.D.t(), gathered.h, accumulate);
+  const auto [grad_B, grad_m, scaled_B] = feature_gradients_op(
+      E, lora_B, n, g, scaled.grad_m, scaling, want_B, dtype_if(want_m, norm.scalar_type()), dtype_if(want_A, dtype));
+  if (!want_A) return {none, grad_B, grad_m};
+  const Tensor P = product(scaled.D, scaled_B, accumulate);
+  return {scatter(P, gathered.rows, lora_A, padding_idx, scale_grad_by_freq), grad_B, grad_m};
 }
 
 }  // namespace

@@ -26,6 +26,14 @@ def _(grad, saved, norm, gain, bias, saved_is_output, delta=False, channels_firs
     return torch.empty_like(saved) if want_G else saved.new_empty(0), grad_magnitude, torch.empty_like(norm)
 
 
+@fake("feature_gradients")
+def _(E, lora_B, norm, gain, grad_magnitude, scaling, want_B, magnitude_dtype, scaled_dtype):
+    out, r = lora_B.shape[:2]
+    grad_B = lora_B.new_empty(lora_B.shape) if want_B else norm.new_empty(0)
+    grad_m = norm.new_empty(0 if magnitude_dtype is None else out, dtype=magnitude_dtype)
+    return grad_B, grad_m, norm.new_empty(0 if scaled_dtype is None else (out, r), dtype=scaled_dtype)
+
+
 @fake("magnitude_grad_recover_")
 def _(grad_magnitude, grad_y, x, h, weight, lora_B, norm, gain, scaling, transposed=False, beside=False):
     return None
@@ -44,16 +52,6 @@ def _(weight, gain):
 @fake("magnitude_grad_recover_nf4_")
 def _(grad_magnitude, *_):
     return None
-
-
-def adapter_sums(
-    grad_B_raw: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """From E = dY^T h (out, r): the gradient of B, s g * E, and the adapter's part of m's, s sum_k(B * E) / n."""
-    raw = grad_B_raw.to(norm.dtype)
-    grad_B = (scaling * gain)[:, None] * raw
-    adapter = scaling * (lora_B.to(norm.dtype) * raw).sum(1)
-    return grad_B.to(lora_B.dtype), torch.where(norm > 0, adapter / norm, 0.0)
 
 
 class _DoraDelta(torch.autograd.Function):
@@ -78,10 +76,13 @@ class _DoraDelta(torch.autograd.Function):
         grad_base, dm, sums = torch.ops.dora_ext.compose_backward.default(
             grad, base, norm, gain, bias, False, True, first
         )
-        grad_B, adapter_dm = adapter_sums(feature_products(grad, h, first), lora_B, norm, gain, s)
-        grad_h = times_matrix(grad, ((s * gain)[:, None] * lora_B).to(grad.dtype), first)
+        E = feature_products(grad, h, first)
+        grad_B, dm, scaled_B = torch.ops.dora_ext.feature_gradients.default(
+            E, lora_B, norm, gain, dm, s, True, ctx.magnitude_dtype, grad.dtype
+        )
+        grad_h = times_matrix(grad, scaled_B, first)
         grad_bias = None if bias is None else ((1 - gain) * sums).to(bias.dtype)
-        return grad_base, grad_h, grad_B, (dm + adapter_dm).to(ctx.magnitude_dtype), None, grad_bias, None, None
+        return grad_base, grad_h, grad_B, dm, None, grad_bias, None, None
 
 
 def dora_delta(
