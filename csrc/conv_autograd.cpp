@@ -65,24 +65,29 @@ Tensor within_groups(const Tensor& matrix, int64_t groups) {
       .reshape({out, r / groups});
 }
 
-// Libraries' convolutions with few channels copy both of their arrays; these two copy nothing of an array's size,
-// whether memory has the features last or the positions.
-
-// (batch, n, ...) times (n, r), by feature: (batch, r, ...)
-Tensor times_matrix(const Tensor& t, const Tensor& matrix) {
-  const Tensor moved = t.movedim(1, -1);
-  if (moved.is_contiguous()) return at::matmul(moved, matrix).movedim(-1, 1);
-  auto sizes = t.sym_sizes().vec();
-  sizes[1] = matrix.sym_size(1);
-  const Tensor each = matrix.t().unsqueeze(0).expand_symint({t.sym_size(0), sizes[1], t.sym_size(1)});
-  return at::bmm(each, t.flatten(2)).view_symint(sizes);
+// Libraries' convolutions with few channels copy both of their arrays. By position nothing of an array's size is
+// copied: t (batch, n, ...) as (positions, n) where memory has the features last, else as (batch, n, positions).
+bool features_last(const Tensor& t) {
+  return t.movedim(1, -1).is_contiguous();
+}
+Tensor by_position(const Tensor& t, bool features_last) {
+  return features_last ? t.movedim(1, -1).flatten(0, -2) : t.flatten(2);
 }
 
-// (n, r): the sum over all positions of the features of t (batch, n, ...) times those of h (batch, r, ...)
+// (n, r): the sum over all positions of the features of t times those of h, n and r of them.
 Tensor feature_products(const Tensor& t, const Tensor& h) {
-  const Tensor moved = t.movedim(1, -1);
-  if (moved.is_contiguous()) return at::mm(moved.flatten(0, -2).t(), h.movedim(1, -1).flatten(0, -2));
-  return at::sum(at::bmm(t.flatten(2), h.flatten(2).mT()), {0}, /*keepdim=*/false, accumulate_type(t.scalar_type()));
+  if (t.dim() == 2) return at::mm(t.t(), h);
+  return at::sum(at::bmm(t, h.mT()), {0}, /*keepdim=*/false, accumulate_type(t.scalar_type()));
+}
+
+// t, by position, times (n, r), by feature: in the shape of `like`, but for r features in place of n.
+Tensor times_matrix(const Tensor& t, const Tensor& matrix, const Tensor& like) {
+  auto sizes = like.sym_sizes().vec();
+  sizes[1] = matrix.sym_size(1);
+  if (t.dim() == 3) return at::bmm(matrix.t().expand_symint({sizes[0], sizes[1], t.sym_size(1)}), t).view_symint(sizes);
+  sizes.erase(sizes.begin() + 1);
+  sizes.push_back(matrix.sym_size(1));
+  return at::mm(t, matrix).view_symint(sizes).movedim(-1, 1);
 }
 
 Tensor compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const Tensor& gain,
@@ -90,6 +95,15 @@ Tensor compose(const Tensor& base, const Tensor& h, const Tensor& lora_B, const 
   static auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                   double, bool, bool)>("dora_ext::compose");
   return op.call(base, h, lora_B, gain, bias, scaling, /*delta=*/false, /*channels_first=*/true);
+}
+
+// g (W + s B A), rounded once, as W lies in memory, whether that has its channels last or not. A in W's dtype.
+Tensor merged_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& gain,
+                     double scaling) {
+  const bool last = !weight.is_contiguous() && features_last(weight);
+  const auto whole = [&](const Tensor& t) { return (last ? t.movedim(1, -1) : t).unsqueeze(0); };
+  const Tensor W = compose(whole(weight), whole(lora_A), lora_B, gain, std::nullopt, scaling).squeeze(0);
+  return last ? W.movedim(-1, 1) : W;
 }
 
 // The base's part of the magnitude's gradient, and the bias's gradient.
@@ -173,33 +187,37 @@ struct DoraConv : Function<DoraConv> {
       std::tie(to[kMagnitude], to[kBias]) = sums_of_gradient(grad, base, norm, gain);
       if (wants(kBias)) to[kBias] = in_dtype(to[kBias], static_cast<at::ScalarType>(kept["bias_dtype"].toInt()));
     }
+    // The gain goes to the weights, of which there are few, and G = g dY is never made. With one group B A is of the
+    // weight's size: then one convolution makes dX, where its passes over dX would be more.
+    const bool merged = wants(kX) && groups == 1 && weight.sym_numel() <= x.sym_numel();
+    const bool wants_E = wants(kB) || wants(kMagnitude), wants_P = wants(kA) || (wants(kX) && !merged);
+    const bool last = (wants_E || wants_P) && features_last(grad);
+    const Tensor by_positions = wants_E || wants_P ? by_position(grad, last) : grad;
     OptionalTensor E;
-    if (wants(kB) || wants(kMagnitude)) E = within_groups(feature_products(grad, h), groups);
+    if (wants_E) E = within_groups(feature_products(by_positions, by_position(h, last)), groups);
     const auto magnitude_dtype = static_cast<at::ScalarType>(kept["magnitude_dtype"].toInt());
     Tensor scaled_B;
     std::tie(to[kB], to[kMagnitude], scaled_B) =
         feature_gradients_op(E, lora_B, norm, gain, if_defined(to[kMagnitude]), scaling, wants(kB),
-                             dtype_if(wants(kMagnitude), magnitude_dtype), dtype_if(wants(kX) || wants(kA), dtype));
+                             dtype_if(wants(kMagnitude), magnitude_dtype), dtype_if(wants_P, dtype));
     if (wants(kMagnitude)) to[kMagnitude] = to[kMagnitude].view(kept["magnitude_shape"].toIntVector());
-    if (!wants(kX) && !wants(kA)) return;
 
-    // The gain goes to the weights, of which there are few, and G = g dY is never made. With one group B A is of the
-    // weight's size: then one convolution makes dX, where its passes over dX would be more.
-    const bool merged = wants(kX) && groups == 1 && weight.sym_numel() <= x.sym_numel();
-    scaled_B = dense_matrix(scaled_B, groups);
-    Tensor of_adapter;
-    if (wants(kA) || !merged) {
-      const Tensor P = times_matrix(grad, scaled_B);
-      std::tie(of_adapter, to[kA]) =
-          geometry.backward(P, x, in_dtype(lora_A, dtype), 1, wants(kX) && !merged, wants(kA));
+    const Tensor A = wants(kX) || wants_P ? in_dtype(lora_A, dtype) : lora_A;
+    if (wants_P) {
+      const Tensor P = times_matrix(by_positions, dense_matrix(scaled_B, groups), grad);
+      std::tie(to[kX], to[kA]) = geometry.backward(P, x, A, 1, wants(kX) && !merged, wants(kA));
       if (wants(kA)) to[kA] = in_dtype(to[kA], lora_A.scalar_type());
     }
     if (!wants(kX)) return;
-    Tensor W = gain.unsqueeze(1).mul(weight.flatten(1));
-    if (merged) W.addmm_(in_dtype(scaled_B, W.scalar_type()), in_dtype(lora_A.flatten(1), W.scalar_type()));
-    W = in_dtype(W, dtype).view_symint(weight.sym_sizes());
-    to[kX] = std::get<0>(geometry.backward(grad, x, W, groups, true, false));
-    if (!merged) to[kX].add_(of_adapter);
+    if (merged) {
+      const Tensor W = merged_weight(weight, A, dense_matrix(lora_B, 1), gain, scaling);
+      to[kX] = std::get<0>(geometry.backward(grad, x, W, 1, true, false));
+    } else {
+      std::vector<int64_t> by_feature(weight.dim(), 1);
+      by_feature[0] = -1;
+      const Tensor W = in_dtype(weight.mul(gain.view(by_feature)), dtype);
+      to[kX].add_(std::get<0>(geometry.backward(grad, x, W, groups, true, false)));
+    }
   }
 };
 

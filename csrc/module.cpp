@@ -39,27 +39,33 @@ py::object places(const py::tuple& tensors) {
   return py::bytes(reinterpret_cast<const char*>(storages.data()), storages.size() * sizeof(int64_t));
 }
 
-struct LinearName {
-  static constexpr const char* name = "dora_ext::linear";
-};
-struct LinearNf4Name {
-  static constexpr const char* name = "dora_ext::linear_nf4";
-};
+constexpr char kLinear[] = "dora_ext::linear", kLinearNf4[] = "dora_ext::linear_nf4", kConv[] = "dora_ext::conv",
+               kNorm[] = "dora_ext::norm", kNormCached[] = "dora_ext::norm_cached";
 
 // Signatures: ops.cpp.
-constexpr auto linear = python_call<LinearName, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+constexpr auto linear = python_call<kLinear, Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                     const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                     double, bool, const OptionalTensor&, const OptionalTensor&, int64_t, bool>;
 constexpr auto linear_nf4 =
-    python_call<LinearNf4Name, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef,
+    python_call<kLinearNf4, Tensor, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymIntArrayRef,
                 at::ScalarType, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, const OptionalTensor&,
                 const OptionalTensor&, const OptionalTensor&, int64_t, bool>;
+constexpr auto conv = python_call<kConv, Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double,
+                                  at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, bool>;
+constexpr auto norm = python_call<kNorm, std::tuple<Tensor, Tensor>, const Tensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, double, bool>;
+constexpr auto norm_cached = python_call<kNormCached, std::tuple<Tensor, Tensor>, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, double, bool, Tensor&, Tensor&, int64_t>;
 
-PyMethodDef methods[] = {
-    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, nullptr},
-    {"linear_nf4", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_nf4)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+template <typename Function>
+PyMethodDef method(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {method("linear", linear), method("linear_nf4", linear_nf4),   method("conv", conv),
+                         method("norm", norm),     method("norm_cached", norm_cached), {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 }  // namespace dora_ext

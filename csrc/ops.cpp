@@ -9,7 +9,8 @@
 
 TORCH_LIBRARY(dora_ext, m) {
   // n and g. W in any of the four float dtypes; A and B are cast to W's dtype, products and sums run in fp32
-  // (fp64 for fp64). `transposed`: W is (in, out), as in GPT-2's Conv1D and in embeddings.
+  // (fp64 for fp64). `transposed`: W is (in, out), as in GPT-2's Conv1D and in embeddings. Of a convolution in one
+  // group, W (out, in, *kernel), A (r, in, *kernel), B (out, r, 1, ...) and a magnitude in any shape.
   m.def(
       "norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, bool transposed=False)"
       " -> (Tensor norm, Tensor gain)");

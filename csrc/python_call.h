@@ -36,6 +36,11 @@ struct FromPython<const at::Tensor&> {
   explicit FromPython(PyObject* o) : value((require_plain(THPVariable_CheckExact(o)), THPVariable_Unpack(o))) {}
 };
 template <>
+struct FromPython<at::Tensor&> {
+  at::Tensor value;
+  explicit FromPython(PyObject* o) : value(FromPython<const at::Tensor&>(o).value) {}
+};
+template <>
 struct FromPython<const std::optional<at::Tensor>&> {
   std::optional<at::Tensor> value;
   explicit FromPython(PyObject* o) {
@@ -76,25 +81,33 @@ struct FromPython<c10::ArrayRef<Number>> {
   }
 };
 
-template <typename Op, typename... Args, size_t... I>
+inline PyObject* to_python(at::Tensor t) {
+  return THPVariable_Wrap(std::move(t));
+}
+inline PyObject* to_python(const std::tuple<at::Tensor, at::Tensor>& pair) {
+  const auto object = [](const at::Tensor& t) { return pybind11::reinterpret_steal<pybind11::object>(to_python(t)); };
+  return pybind11::make_tuple(object(std::get<0>(pair)), object(std::get<1>(pair))).release().ptr();
+}
+
+template <typename Result, typename Op, typename... Args, size_t... I>
 PyObject* call_op(const Op& op, PyObject* const* given, std::tuple<Args...>*, std::index_sequence<I...>) {
-  const std::tuple<FromPython<Args>...> args{given[I]...};
-  at::Tensor result;
+  std::tuple<FromPython<Args>...> args{given[I]...};
+  Result result;
   {
     const pybind11::gil_scoped_release without_gil;
     result = op.call(std::get<I>(args).value...);
   }
-  return THPVariable_Wrap(std::move(result));
+  return to_python(std::move(result));
 }
 
-// The METH_FASTCALL function of the op that Name::name names; NotImplemented: call torch.ops.
-template <typename Name, typename... Args>
+// The METH_FASTCALL function of the op called `kName`; NotImplemented: call torch.ops.
+template <const char* kName, typename Result, typename... Args>
 PyObject* python_call(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != sizeof...(Args) || at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
-  static auto op = find_op<at::Tensor(Args...)>(Name::name);
+  static auto op = find_op<Result(Args...)>(kName);
   try {
-    return call_op(op, args, static_cast<std::tuple<Args...>*>(nullptr), std::index_sequence_for<Args...>());
+    return call_op<Result>(op, args, static_cast<std::tuple<Args...>*>(nullptr), std::index_sequence_for<Args...>());
   } catch (const NotPlain&) {
     Py_RETURN_NOTIMPLEMENTED;
   }

@@ -6,7 +6,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_ext import DoraLinear
+from dora_ext import DoraConv2d, DoraLinear
 from dora_ext.ops import _registry
 
 LAYERS = {
@@ -74,6 +74,21 @@ def test_the_same_as_through_torch_ops(layer, monkeypatch):
     with Seen() as seen:
         there = step(layer, x)
     assert taken == [True, False] and any("dora_ext.linear" in name for name in seen.names)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_convolution_and_its_norm_too(monkeypatch):
+    layer = DoraConv2d.from_base(nn.Conv2d(8, 16, 3), r=4)
+    nn.init.normal_(layer.lora_B.default.weight)
+    x = torch.randn(2, 8, 6, 5)
+    taken = count_calls_past_torch_ops(monkeypatch)
+    here = step(layer, x)
+    assert taken == [True, True]
+    with Seen() as seen:
+        there = step(layer, x)
+    assert taken == [True, True, False, False]
+    assert all(any(f"dora_ext.{op}" in name for name in seen.names) for op in ("norm_cached", "conv"))
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one, other)
 

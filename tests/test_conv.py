@@ -85,6 +85,17 @@ def test_channels_last_and_wider_adapters(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("which", [("x", "weight"), ("x",), ("weight",)])
+@pytest.mark.parametrize("size", [(9, 8), (3, 3)])  # more inputs than weights, and fewer
+def test_channels_last_in_one_group(device, dtype, which, size):
+    t = inputs(size, (3, 3), 1, dtype, device, torch.float64)
+    for name in which:
+        t[name] = t[name].detach().contiguous(memory_format=torch.channels_last).requires_grad_(name != "weight")
+    compare(t, {"padding": 1}, 1, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
 @pytest.mark.parametrize("kernel", [3, 4])

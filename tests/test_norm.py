@@ -81,6 +81,29 @@ def test_channels_last_weights(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_ops_take_a_convolutions_weights(device, channels_last):
+    w, a, b = (torch.randn(*size, device=device) for size in ((8, 6, 3, 3), (4, 6, 3, 3), (8, 4, 1, 1)))
+    if channels_last:
+        w = w.contiguous(memory_format=torch.channels_last)
+    m = torch.rand(1, 8, 1, 1, device=device) + 0.5
+    ops = torch.ops.dora_ext
+    expected = ops.norm(w.flatten(1), a.flatten(1), b.flatten(1), m.flatten(), 0.7)
+    state = (torch.zeros(8, device=device), torch.zeros(4, dtype=torch.int64, device=device))
+    for norm, gain in (
+        ops.norm(w, a, b, m, 0.7),
+        ops.norm_cached(w, a, b, m, 0.7, False, *state),
+        ops.norm_cached(w, a, b, m, 0.7, False, *state),
+    ):
+        assert_close(norm, expected[0], 1e-6)
+        assert_close(gain, expected[1], 1e-6)
+    assert state[1][3] == 1  # the second time it is the first one's
+    torch.library.opcheck(ops.norm.default, (w, a, b, m, 0.7))
+    with pytest.raises(ValueError, match="lora_A: expected shape"):
+        ops.norm(w, a[:, :3], b, m, 0.7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_same_bits_twice(device, dtype, transposed):

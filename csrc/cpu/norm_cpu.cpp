@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../conv_norm.h"
 #include "faces.h"
 #include "norm_rows.h"
 
@@ -65,6 +66,12 @@ void norm_into(Tensor& n, const Tensor& weight, const Tensor& lora_A, const Tens
 
 std::tuple<Tensor, Tensor> norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                 const Tensor& magnitude, double scaling, bool transposed) {
+  if (weight.dim() > 2) {
+    return conv_norm(weight, lora_A, lora_B, magnitude,
+                     [&](const Tensor& W, const Tensor& A, const Tensor& B, const Tensor& m) {
+                       return norm(W, A, B, m, scaling, transposed);
+                     });
+  }
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
   Tensor n = at::empty({lora_B.size(0)}, weight.options().dtype(accumulate_type(weight.scalar_type())));
   norm_into(n, weight, lora_A, lora_B, scaling, transposed);
@@ -74,6 +81,12 @@ std::tuple<Tensor, Tensor> norm(const Tensor& weight, const Tensor& lora_A, cons
 std::tuple<Tensor, Tensor> norm_cached(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                        const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
                                        Tensor& fingerprint, int64_t epoch) {
+  if (weight.dim() > 2) {
+    return conv_norm(weight, lora_A, lora_B, magnitude,
+                     [&](const Tensor& W, const Tensor& A, const Tensor& B, const Tensor& m) {
+                       return norm_cached(W, A, B, m, scaling, transposed, cached, fingerprint, epoch);
+                     });
+  }
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
   Fingerprint now;
   const double settings[] = {scaling, static_cast<double>(transposed), static_cast<double>(weight.size(0)),

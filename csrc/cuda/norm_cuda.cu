@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "../conv_norm.h"
 #include "launch.h"
 #include "norm.cuh"
 #include "norm_factors.h"
@@ -80,6 +81,12 @@ namespace {
 
 std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                      const Tensor& magnitude, double scaling, bool transposed) {
+  if (weight.dim() > 2) {
+    return conv_norm(weight, lora_A, lora_B, magnitude,
+                     [&](const Tensor& W, const Tensor& A, const Tensor& B, const Tensor& m) {
+                       return norm_cuda(W, A, B, m, scaling, transposed);
+                     });
+  }
   check_norm(weight, lora_A, lora_B, magnitude, scaling, transposed);
   const c10::cuda::CUDAGuard guard(weight.device());
   return launch_norms(weight, lora_A, lora_B, magnitude, scaling, transposed, nullptr, nullptr);
@@ -88,6 +95,12 @@ std::tuple<Tensor, Tensor> norm_cuda(const Tensor& weight, const Tensor& lora_A,
 std::tuple<Tensor, Tensor> norm_cached_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                             const Tensor& magnitude, double scaling, bool transposed, Tensor& cached,
                                             Tensor& fingerprint, int64_t epoch) {
+  if (weight.dim() > 2) {
+    return conv_norm(weight, lora_A, lora_B, magnitude,
+                     [&](const Tensor& W, const Tensor& A, const Tensor& B, const Tensor& m) {
+                       return norm_cached_cuda(W, A, B, m, scaling, transposed, cached, fingerprint, epoch);
+                     });
+  }
   check_norm_cached(weight, lora_A, lora_B, magnitude, scaling, transposed, cached, fingerprint);
   const c10::cuda::CUDAGuard guard(weight.device());
   const KeptNorms kept{cached, fingerprint, epoch};

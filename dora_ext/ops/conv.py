@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._load import require
 from ..distributed import hold_past_hooks
-from ._registry import autocast_dtype, fake
+from ._registry import autocast_dtype, call_layer, fake
 from .norm import norm_and_gain
 
 
@@ -71,36 +71,37 @@ def dora_conv(
         zeros = _tuple(padding, spatial)
     else:
         sides = _padding(padding, weight.shape[2:], dilation)
-        zeros = [a for a, _ in sides]
+        zeros = tuple(a for a, _ in sides)
         if padding_mode != "zeros" or any(a != b for a, b in sides):
             # F.pad counts from the last dimension.
             flat = [n for pair in reversed(sides) for n in pair]
             x = F.pad(x, flat, mode="constant" if padding_mode == "zeros" else padding_mode)
-            zeros = [0] * spatial
+            zeros = (0,) * spatial
     held = hold_past_hooks((weight, lora_A, lora_B))
-    op = torch.ops.dora_ext.conv.default
-    return op(
-        x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, zeros, dilation, groups, held
+    return call_layer(
+        "conv", x, weight, lora_A, lora_B, magnitude, bias, norm, gain, float(scaling), stride, zeros, dilation, groups,
+        held,
     )  # fmt: skip
 
 
 def _check_conv(x, weight, lora_A, lora_B, groups) -> None:
-    spatial, r = weight.dim() - 2, lora_A.shape[0]
-    expected_A = (r, weight.shape[1] * groups, *weight.shape[2:])
-    expected_B = (weight.shape[0], r // groups, *([1] * spatial))
+    out, inputs, *kernel = weight.shape
+    inputs *= groups
+    r = lora_A.shape[0]
     if r < 1 or r % groups:
         raise ValueError(f"dora_conv: lora_A: expected a rank divisible by groups={groups}, got {r}")
+    expected_A, expected_B = (r, inputs, *kernel), (out, r // groups, *([1] * len(kernel)))
     for name, got, expected in (("lora_A", lora_A.shape, expected_A), ("lora_B", lora_B.shape, expected_B)):
-        if tuple(got) != expected:
+        if got != expected:
             raise ValueError(f"dora_conv: {name}: expected shape {expected}, got {tuple(got)}")
-    if x.dim() != spatial + 2 or x.shape[1] != expected_A[1]:
+    if x.dim() != weight.dim() or x.shape[1] != inputs:
         raise ValueError(
-            f"dora_conv: x: expected shape (batch, {expected_A[1]}, {spatial} spatial sizes), got {tuple(x.shape)}"
+            f"dora_conv: x: expected shape (batch, {inputs}, {len(kernel)} spatial sizes), got {tuple(x.shape)}"
         )
 
 
-def _tuple(value, n: int) -> list[int]:
-    return [value] * n if isinstance(value, int) else list(value)
+def _tuple(value, n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value)
 
 
 def _padding(padding, kernel, dilation) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._load import require
 from ..norm_cache import NormCache
-from ._registry import accumulate_dtype, fake
+from ._registry import accumulate_dtype, call_layer, fake
 
 
 @fake("norm")
@@ -68,18 +68,10 @@ def norm_and_gain(
         known_by = (weight if stored is None else stored, lora_A, lora_B)
         state = cache.state(known_by, (scaling, transposed), lora_B.shape[0])
     # Not under no_grad, whose coming and going costs as much as a small launch: these ops record nothing (ops.cpp).
-    op = torch.ops.dora_ext.norm_cached.default if state else torch.ops.dora_ext.norm.default
-    w, a, b = (weight, lora_A, lora_B) if dims <= 2 else _conv_as_matrices(weight, lora_A, lora_B)
-    m = magnitude if magnitude.dim() == 1 else magnitude.flatten()
-    return op(w, a, b, m, scaling, transposed, *state)
-
-
-def _conv_as_matrices(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W (out, in k), A (r, in k), B (out, r). The order of the columns does not matter to a norm, so W keeps its own
-    (channels_last weights stay a view) and the small A follows."""
-    if weight.movedim(1, -1).is_contiguous():
-        weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
-    return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
+    if dims <= 2 and magnitude.dim() != 1:
+        magnitude = magnitude.flatten()
+    op = "norm_cached" if state else "norm"
+    return call_layer(op, weight, lora_A, lora_B, magnitude, scaling, transposed, *state)
 
 
 def _grouped_conv_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -90,7 +82,7 @@ def _grouped_conv_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     for w, b, (q, a) in zip(weight.chunk(groups), lora_B.chunk(groups), enumerate(lora_A.chunk(groups)), strict=True):
         own = slice(q * w.shape[1], (q + 1) * w.shape[1])
         zeros = b.new_zeros(b.shape[0])
-        norm, _ = torch.ops.dora_ext.norm.default(*_conv_as_matrices(w, a[:, own], b), zeros, scaling)
+        norm, _ = torch.ops.dora_ext.norm.default(w, a[:, own], b, zeros, scaling)
         rest = torch.cat([a[:, : own.start], a[:, own.stop :]], 1).flatten(1).to(norm.dtype)
         b = scaling * b.flatten(1).to(norm.dtype)
         # Sums of products, not matrix products: those autocast would round.
