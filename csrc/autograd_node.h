@@ -1,6 +1,6 @@
 // What the layers' nodes in autograd's graph have in common (linear_autograd.cpp, linear_nf4_autograd.cpp,
-// conv_autograd.cpp). They are in C++, so that a step of training runs no Python between a layer's call and its
-// gradients: that takes the host longer than their launches.
+// conv_autograd.cpp, embedding_autograd.cpp). They are in C++, so that a step of training runs no Python between a
+// layer's call and its gradients: that takes the host longer than their launches.
 #pragma once
 
 #include <ATen/core/Tensor.h>

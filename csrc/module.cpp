@@ -2,6 +2,8 @@
 // loaded) and tells how it was built. Everything else goes through torch.ops.dora_ext, but for what every forward of a
 // layer does: that takes the host longer than a launch.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/aminmax.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -39,8 +41,26 @@ py::object places(const py::tuple& tensors) {
   return py::bytes(reinterpret_cast<const char*>(storages.data()), storages.size() * sizeof(int64_t));
 }
 
+// The least and the largest of ids, of which there are some: one launch and one transfer.
+py::tuple id_range(const py::handle ids) {
+  if (!THPVariable_Check(ids.ptr())) throw py::type_error("id_range: ids: expected a Tensor");
+  const Tensor& t = THPVariable_Unpack(ids.ptr());
+  Tensor range;
+  {
+    const py::gil_scoped_release without_gil;
+    const InsideOp inside;
+    range = at::empty({2}, t.options());
+    Tensor low = range.select(0, 0), high = range.select(0, 1);
+    at::aminmax_out(low, high, t);
+    range = range.to(at::kCPU, at::kLong);
+  }
+  const int64_t* found = range.const_data_ptr<int64_t>();
+  return py::make_tuple(found[0], found[1]);
+}
+
 constexpr char kLinear[] = "dora_ext::linear", kLinearNf4[] = "dora_ext::linear_nf4", kConv[] = "dora_ext::conv",
-               kNorm[] = "dora_ext::norm", kNormCached[] = "dora_ext::norm_cached";
+               kEmbedding[] = "dora_ext::embedding", kNorm[] = "dora_ext::norm",
+               kNormCached[] = "dora_ext::norm_cached";
 
 // Signatures: ops.cpp.
 constexpr auto linear = python_call<kLinear, Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -54,6 +74,9 @@ constexpr auto linear_nf4 =
 constexpr auto conv = python_call<kConv, Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                   const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, double,
                                   at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, bool>;
+constexpr auto embedding =
+    python_call<kEmbedding, Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&, const Tensor&, double, double, int64_t, bool, bool>;
 constexpr auto norm = python_call<kNorm, std::tuple<Tensor, Tensor>, const Tensor&, const Tensor&, const Tensor&,
                                   const Tensor&, double, bool>;
 constexpr auto norm_cached = python_call<kNormCached, std::tuple<Tensor, Tensor>, const Tensor&, const Tensor&,
@@ -64,8 +87,10 @@ PyMethodDef method(const char* name, Function function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method("linear", linear), method("linear_nf4", linear_nf4),   method("conv", conv),
-                         method("norm", norm),     method("norm_cached", norm_cached), {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {method("linear", linear),      method("linear_nf4", linear_nf4),
+                         method("conv", conv),          method("embedding", embedding),
+                         method("norm", norm),          method("norm_cached", norm_cached),
+                         {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 }  // namespace dora_ext
@@ -77,5 +102,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = std::string("C++ ") + __VERSION__;
   m.attr("cxx_standard") = static_cast<long>(__cplusplus);
   m.def("places", &dora_ext::places);
+  m.def("id_range", &dora_ext::id_range);
   if (PyModule_AddFunctions(m.ptr(), dora_ext::methods) != 0) throw pybind11::error_already_set();
 }

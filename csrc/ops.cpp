@@ -170,17 +170,24 @@ TORCH_LIBRARY(dora_ext, m) {
       " -> (Tensor, Tensor)");
   m.def("hopper_backward_fits(Tensor grad, Tensor weight, Tensor P, Tensor x) -> bool");
 
-  // ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
+  // An embedding, whole, and differentiable: embedding_forward. No gradient flows to weight, norm and gain. held:
+  // weight, lora_A and lora_B are parameters of a module, as in linear.
+  m.def(
+      "embedding(Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor norm, Tensor gain,"
+      " float scaling, float embed_scale=1.0, int padding_idx=-1, bool scale_grad_by_freq=False, bool held=False)"
+      " -> Tensor");
+  // Its parts. ids any shape, int32 or int64; weight (vocab, dim), lora_A (r, vocab), lora_B (dim, r), gain (dim,):
   // y = embed_scale * g * (W[ids] + s A[:, ids]^T B^T), (*ids.shape, dim), in weight's dtype. An id out of range gives
   // a row of NaN and no bad access; the Python function refuses it before, where it can look.
   m.def(
       "embedding_forward(Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling,"
       " float embed_scale=1.0) -> Tensor");
-  // mask: bit 0 lora_A, 1 lora_B, 2 magnitude. padding_idx < 0: none (its column of A gets no gradient).
+  // mask: bit 0 lora_A, 1 lora_B, 2 magnitude. padding_idx < 0: none (its column of A gets no gradient). grad_magnitude
+  // has norm's dtype, or magnitude_dtype.
   m.def(
       "embedding_backward(Tensor grad_y, Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor norm,"
-      " Tensor gain, float scaling, float embed_scale, int padding_idx, bool scale_grad_by_freq, int mask)"
-      " -> (Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)");
+      " Tensor gain, float scaling, float embed_scale, int padding_idx, bool scale_grad_by_freq, int mask,"
+      " ScalarType? magnitude_dtype=None) -> (Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)");
 
   // bitsandbytes' NF4, bit for bit. packed uint8 (ceil(numel / 2),), first element in the high nibble; absmax fp32
   // (ceil(numel / blocksize),).
@@ -232,7 +239,7 @@ TORCH_LIBRARY(dora_ext, m) {
   m.def("quantize_absmax(Tensor absmax, Tensor code, int blocksize=256) -> (Tensor codes, Tensor nested_absmax)");
 }
 
-// Gradients are made outside these ops, in the *_autograd.cpp and in Python; n and g have none (DoRA, section 4.3).
+// Gradients are made outside these ops, in the *_autograd.cpp; n and g have none (DoRA, section 4.3).
 // Said here, it spares each call torch's way through "not differentiable", which costs as much as a small launch.
 TORCH_LIBRARY_IMPL(dora_ext, Autograd, m) {
   for (const char* op :

@@ -104,7 +104,8 @@ Tensor scatter_columns(const Tensor& P, const Ids& ids, int64_t padding_idx, boo
 std::tuple<Tensor, Tensor, Tensor> embedding_backward(const Tensor& grad_y, const Tensor& ids, const Tensor& weight,
                                                       const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm,
                                                       const Tensor& gain, double scaling, double embed_scale,
-                                                      int64_t padding_idx, bool scale_grad_by_freq, int64_t mask) {
+                                                      int64_t padding_idx, bool scale_grad_by_freq, int64_t mask,
+                                                      OptionalDtype magnitude_dtype) {
   const InsideOp inside;
   const char* op = "dora_ext::embedding_backward";
   check_embedding(op, ids, weight, lora_A, lora_B, gain, scaling);
@@ -129,8 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward(const Tensor& grad_y, cons
              [&](auto element) { dot_with_weight<decltype(element)>(grad, weight.contiguous(), list, *of_weight); });
     of_weight->mul_(embed_scale).div_(n);
   }
-  const auto [grad_B, grad_m, scaled_B] = feature_gradients_op(E, lora_B, n, gain, of_weight, scaling, want_B,
-                                                               dtype_if(want_m, acc), dtype_if(want_A, acc));
+  const auto [grad_B, grad_m, scaled_B] =
+      feature_gradients_op(E, lora_B, n, gain, of_weight, scaling, want_B,
+                           dtype_if(want_m, magnitude_dtype.value_or(norm.scalar_type())), dtype_if(want_A, acc));
   if (!want_A) return {at::empty({0}, weight.options()), grad_B, grad_m};
   const Tensor P = at::mm(scaled_B.t(), wide.t()).mul_(embed_scale);
   const Tensor grad_A = scatter_columns(P, list, padding_idx, scale_grad_by_freq);

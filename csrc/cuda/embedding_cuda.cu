@@ -53,8 +53,8 @@ Tensor embedding_forward_cuda(const Tensor& ids, const Tensor& weight, const Ten
   shape.push_back(weight.size(1));
   const Tensor y = at::empty(shape, weight.options());
   const Gathered gathered = gather(ids, weight, lora_A);
-  const Tensor w = weight.contiguous(), B = lora_B.to(dtype).contiguous();
-  const Tensor g = gain.to(accumulate_type(dtype)).contiguous();
+  const Tensor w = weight.contiguous(), B = in_dtype(lora_B, dtype).contiguous();
+  const Tensor g = in_dtype(gain, accumulate_type(dtype)).contiguous();
   switch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
@@ -146,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_cuda(const Tensor& grad_y,
                                                            const Tensor& weight, const Tensor& lora_A,
                                                            const Tensor& lora_B, const Tensor& norm, const Tensor& gain,
                                                            double scaling, double embed_scale, int64_t padding_idx,
-                                                           bool scale_grad_by_freq, int64_t mask) {
+                                                           bool scale_grad_by_freq, int64_t mask,
+                                                           OptionalDtype magnitude_dtype) {
   const char* op = "dora_ext::embedding_backward";
   check_embedding(op, ids, weight, lora_A, lora_B, gain, scaling);
   auto shape = ids.sizes().vec();
@@ -159,11 +160,12 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_cuda(const Tensor& grad_y,
   const bool want_A = mask & 1, want_B = mask & 2, want_m = mask & 4;
   const int64_t tokens = ids.numel(), dim = weight.size(1);
   const auto dtype = weight.scalar_type(), accumulate = accumulate_type(dtype);
+  const auto dtype_of_m = magnitude_dtype.value_or(norm.scalar_type());
   const Tensor none = at::empty({0}, weight.options());
   if (tokens == 0 || mask == 0) {
     return {want_A ? at::zeros(lora_A.sizes(), lora_A.options()) : none,
             want_B ? at::zeros(lora_B.sizes(), lora_B.options()) : none,
-            want_m ? at::zeros(norm.sizes(), norm.options()) : none};
+            want_m ? at::zeros(norm.sizes(), norm.options().dtype(dtype_of_m)) : none};
   }
 
   const Tensor n = in_dtype(norm, accumulate).contiguous(), g = in_dtype(gain, accumulate).contiguous();
@@ -172,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> embedding_backward_cuda(const Tensor& grad_y,
   const ScaledGradient scaled = scale_gradient(grad, weight, gathered.rows, n, g, embed_scale);
   OptionalTensor E;
   if (want_B || want_m) E = product(scaled.D.t(), gathered.h, accumulate);
-  const auto [grad_B, grad_m, scaled_B] = feature_gradients_op(
-      E, lora_B, n, g, scaled.grad_m, scaling, want_B, dtype_if(want_m, norm.scalar_type()), dtype_if(want_A, dtype));
+  const auto [grad_B, grad_m, scaled_B] = feature_gradients_op(E, lora_B, n, g, scaled.grad_m, scaling, want_B,
+                                                               dtype_if(want_m, dtype_of_m), dtype_if(want_A, dtype));
   if (!want_A) return {none, grad_B, grad_m};
   const Tensor P = product(scaled.D, scaled_B, accumulate);
   return {scatter(P, gathered.rows, lora_A, padding_idx, scale_grad_by_freq), grad_B, grad_m};

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dora_embedding
-from .base import ADAPTER, DoraBase
+from .base import ADAPTER, DoraBase, parameter_of
 
 
 class DoraEmbedding(DoraBase):
@@ -75,14 +75,15 @@ class DoraEmbedding(DoraBase):
         nn.init.normal_(lora_B)
 
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_embedding_A[ADAPTER], self.lora_embedding_B[ADAPTER]
+        modules = self._modules  # past nn.Module's own look-ups, as in DoraBase
+        return parameter_of(modules["lora_embedding_A"], ADAPTER), parameter_of(modules["lora_embedding_B"], ADAPTER)
 
     def _effective_weight(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         return gain * (weight + self.scaling * (lora_A.T @ lora_B.T))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids of any shape, int32 or int64 -> (*ids.shape, dim) in W's dtype. IndexError: an id out of range."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         # A scale that lives on the device is multiplied with there: reading it would wait for the device.
         scale = getattr(base, "embed_scale", 1.0)
         fused = 1.0 if isinstance(scale, Tensor) else scale
@@ -92,9 +93,10 @@ class DoraEmbedding(DoraBase):
         else:
             # max_norm changes W, so that the norm can be taken only after it has.
             adapter = (*self._factors(), self.magnitude)
-            norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(base.weight, *adapter)
+            weight = parameter_of(base, "weight")
+            norm, gain = (None, None) if base.max_norm is not None else self._norm_and_gain(weight, *adapter)
             y = dora_embedding(
-                ids, base.weight, *adapter, scaling=self.scaling, padding_idx=base.padding_idx,
+                ids, weight, *adapter, scaling=self.scaling, padding_idx=base.padding_idx,
                 max_norm=base.max_norm, norm_type=base.norm_type, scale_grad_by_freq=base.scale_grad_by_freq,
                 embed_scale=fused, norm=norm, gain=gain,
             )  # fmt: skip

@@ -1,48 +1,30 @@
-"""DoRA's embedding: y = g * (W[ids] + s A[:, ids]^T B^T), one magnitude and one norm per embedding dimension."""
+"""DoRA's embedding: y = g * (W[ids] + s A[:, ids]^T B^T), one magnitude and one norm per embedding dimension. Its
+autograd node is in C++."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import _load
 from .._load import require
-from ._registry import fake
+from ..distributed import hold_past_hooks
+from ._registry import call_layer, fake
 from .norm import norm_and_gain
 
-# Bits of embedding_backward's mask, in the order of its results.
-_A, _B, _MAGNITUDE = 1, 2, 4
 
-
+@fake("embedding")
 @fake("embedding_forward")
-def _(ids, weight, lora_A, lora_B, gain, scaling, embed_scale=1.0):
+def _(ids, weight, *_constants):
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
 @fake("embedding_backward")
-def _(grad_y, ids, weight, lora_A, lora_B, norm, gain, scaling, embed_scale, padding_idx, scale_grad_by_freq, mask):
-    like = (lora_A, lora_B, norm)
+def _(grad_y, ids, weight, lora_A, lora_B, norm, gain, scaling, embed_scale, padding_idx, scale_grad_by_freq, mask,
+      magnitude_dtype=None):  # fmt: skip
+    magnitude = norm if magnitude_dtype is None else norm.to(magnitude_dtype)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if mask >> i & 1 else weight.new_empty(0)
-        for i, t in enumerate(like)
+        for i, t in enumerate((lora_A, lora_B, magnitude))
     )
-
-
-class _DoraEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ids, weight, lora_A, lora_B, magnitude, norm, gain, scaling, embed_scale, padding_idx, by_freq):
-        needs = ctx.needs_input_grad
-        ctx.mask = sum(bit for bit, i in ((_A, 2), (_B, 3), (_MAGNITUDE, 4)) if needs[i])
-        ctx.constants = (scaling, embed_scale, padding_idx, by_freq)
-        ctx.magnitude_dtype = magnitude.dtype
-        ctx.save_for_backward(ids, weight, lora_A, lora_B, norm, gain)
-        return torch.ops.dora_ext.embedding_forward.default(ids, weight, lora_A, lora_B, gain, scaling, embed_scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):
-        grads = torch.ops.dora_ext.embedding_backward.default(grad_y, *ctx.saved_tensors, *ctx.constants, ctx.mask)
-        dA, dB, dm = (g if ctx.mask >> i & 1 else None for i, g in enumerate(grads))
-        dm = None if dm is None else dm.to(ctx.magnitude_dtype)
-        return None, None, dA, dB, dm, *([None] * 6)
 
 
 def dora_embedding(
@@ -95,9 +77,10 @@ def dora_embedding(
             _renorm(rows, ids, max_norm, norm_type)
             lora_A.copy_(rows.T)
     padding = -1 if padding_idx is None else padding_idx % vocab
-    return _DoraEmbedding.apply(
-        ids, weight.detach(), lora_A, lora_B, magnitude, norm, gain, float(scaling), float(embed_scale), padding,
-        scale_grad_by_freq,
+    held = hold_past_hooks((weight, lora_A, lora_B))
+    return call_layer(
+        "embedding", ids, weight, lora_A, lora_B, magnitude, norm, gain, float(scaling), float(embed_scale), padding,
+        scale_grad_by_freq, held,
     )  # fmt: skip
 
 
@@ -113,6 +96,6 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         return
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    low, high = (int(v) for v in torch.stack(torch.aminmax(ids)).tolist())
+    low, high = _load.module.id_range(ids)
     if low < 0 or high >= vocab:
         raise IndexError(f"dora_embedding: ids: expected values in [0, {vocab}), got {low if low < 0 else high}")
