@@ -159,7 +159,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   } else if (want_A) {
     grad_A = grad_of_A(lora_A, P, tokens);
   }
-  if (late_B) grad_B = grad_of_B_from_output(lora_B, grad, gain, h, scaling);
+  if (late_B) {
+    const Tensor E = grad_of_B(n, grad, h, /*scaling=*/1);
+    grad_B = std::get<0>(feature_gradients_op(E, lora_B, n, gain, std::nullopt, scaling, /*want_B=*/true,
+                                              /*magnitude_dtype=*/std::nullopt, /*scaled_dtype=*/std::nullopt));
+  }
   return {want_x ? grad_x : none(), want_A ? grad_A : none(), want_B ? grad_B : none(),
           want_m ? in_dtype(grad_m, magnitude.scalar_type()) : none(),
           want_b ? in_dtype(grad_b, bias->scalar_type()) : none()};

@@ -3,10 +3,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 
 #include "aligned.h"
 #include "check.h"
@@ -54,15 +52,6 @@ inline at::Tensor grad_of_B(const at::Tensor& lora_B, const at::Tensor& G, const
   at::Tensor grad_B = product_for(lora_B, G.t(), h);
   if (scaling != 1) grad_B.mul_(scaling);
   return grad_B;
-}
-
-// The same where G = gain dY is gone, in half precision on CUDA: dB = s gain (dY^T h).
-inline at::Tensor grad_of_B_from_output(const at::Tensor& lora_B, const at::Tensor& grad, const at::Tensor& gain,
-                                        const at::Tensor& h, double scaling) {
-  at::Tensor sums = at::empty(lora_B.sizes(), lora_B.options().dtype(at::kFloat));
-  at::addmm_out(sums, sums, grad.t(), h, at::kFloat, /*beta=*/0, scaling);
-  at::Tensor grad_B = lora_B.scalar_type() == at::kFloat ? sums : at::empty(lora_B.sizes(), lora_B.options());
-  return at::mul_out(grad_B, sums, gain.unsqueeze(1));
 }
 
 }  // namespace dora_ext
