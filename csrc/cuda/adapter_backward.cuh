@@ -1,5 +1,6 @@
 // adapter_backward: how the work is split, the second launch that adds up what the blocks have summed, and the
-// launchers. The pass itself: adapter_backward_kernel.cuh.
+// launchers. The pass itself: adapter_backward_kernel.cuh; on Hopper adapter_backward_hopper.cuh, whose sums the same
+// second launch adds up.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // compose with the channels first, fp16 and bf16, on the tensor cores: small blocks, many at once, as in
 // compose_mma.cuh. lora_B (channels, rank) is the left operand, h (rank, positions) of a sample the right one; both
-// pass through shared memory in chunks of 32 ranks, base and result straight between registers and memory.
+// pass through shared memory in chunks of 32 ranks, base and result straight between registers and memory. H200, bf16,
+// rank 16, us, here and by compose_fma.cuh: batch 16, 256 channels, 4096 positions 23, 49; 8, 640, 1024 8, 17.
 #pragma once
 
 #include <algorithm>

@@ -27,13 +27,24 @@ __global__ void __launch_bounds__(32 * kWarps) feature_gradients_kernel(FeatureG
   const int lane = threadIdx.x % 32;
   if (feature >= p.out) return;
   const Acc scale = p.scaling * p.gain.template at<Acc>(feature);
+  const bool has_E = p.E.data != nullptr, needs_B = p.grad_magnitude.data != nullptr || p.scaled_B.data != nullptr;
+  constexpr int kAtOnce = 4;  // loads under way
   Acc sum = 0;
-  for (int64_t k = lane; k < p.rank; k += 32) {
-    const int64_t i = feature * p.rank + k;
-    const Acc e = p.E.data != nullptr ? p.E.template at<Acc>(i) : Acc(0), b = p.lora_B.template at<Acc>(i);
-    sum = fma(e, b, sum);
-    if (p.grad_B.data != nullptr) p.grad_B.store(i, scale * e);
-    if (p.scaled_B.data != nullptr) p.scaled_B.store(i, scale * b);
+  for (int64_t first = lane; first < p.rank; first += 32 * kAtOnce) {
+    Acc e[kAtOnce] = {}, b[kAtOnce] = {};
+    const auto each = [&](auto&& use) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t k = first + 32 * j;
+        if (k < p.rank) use(feature * p.rank + k, j);
+      }
+    };
+    if (has_E) each([&](int64_t i, int j) { e[j] = p.E.template at<Acc>(i); });
+    if (needs_B) each([&](int64_t i, int j) { b[j] = p.lora_B.template at<Acc>(i); });
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) sum = fma(e[j], b[j], sum);
+    if (p.grad_B.data != nullptr) each([&](int64_t i, int j) { p.grad_B.store(i, scale * e[j]); });
+    if (p.scaled_B.data != nullptr) each([&](int64_t i, int j) { p.scaled_B.store(i, scale * b[j]); });
   }
   if (p.grad_magnitude.data == nullptr) return;
 #pragma unroll

@@ -6,7 +6,8 @@
 // and nobody asks for them before the first tiles end. So the first numbers that clusters take are those of clusters
 // that make such things, and the tiles' come after them. The work is cut into units, of which each of these clusters
 // takes every p.first-th: 256 rows of h, or the norms of 256 features (product_norms.cuh). They go through the same
-// stages as a tile. A tile's tail waits for the units with its rows and its columns.
+// stages as a tile. A tile's tail waits for the units with its rows and its columns. h that fits nowhere here is
+// made by a launch of the same kernel without tiles.
 #pragma once
 
 #include "dtype.cuh"
