@@ -29,6 +29,9 @@ def section(key: str, stem: str, results: Path = RESULTS) -> str:
     where = f"{f['device']}, torch {f['torch']}, PEFT {f['peft']}, commit {f['commit']}, {f['date']}"
     if "threads" in f:
         where += f", {f['threads']} threads"
+    if "settings" in data:  # of a model's steps, which cost more under FSDP2, on one rank too
+        engine, keep = data["settings"]["engine"], data["settings"]["keep"]
+        where += f", --engine {engine}{' --keep' if keep else ''}"
     return "\n".join([where + ".", *TABLES[key](data[key])]) + "\n"
 
 
