@@ -22,7 +22,7 @@ def fake(name: str) -> Callable[[Callable], Callable]:
 
 
 def call_layer(name: str, *args):
-    """A layer's op, which is called in every forward, past what torch.ops takes the host for it."""
+    """A layer's op or its norm's, called in every forward, past what torch.ops takes the host for it."""
     if not torch.compiler.is_compiling():
         result = getattr(_load.module, name)(*args)
         if result is not NotImplemented:

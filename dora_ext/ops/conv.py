@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._load import require
 from ..distributed import hold_past_hooks
-from ._registry import autocast_dtype, call_layer, fake
+from ._registry import autocast_dtype, call_layer, fake, in_dtype
 from .norm import norm_and_gain
 
 
@@ -63,7 +63,7 @@ def dora_conv(
         norm, gain = norm_and_gain(weight, lora_A, lora_B, magnitude, scaling=scaling)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = in_dtype(x, dtype), in_dtype(weight, dtype)
     if x.dtype != weight.dtype:
         raise TypeError(f"dora_conv: x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
     stride, dilation = _tuple(stride, spatial), _tuple(dilation, spatial)
